@@ -109,7 +109,7 @@ def stored_config(folder: Path) -> Config:
 def _selecting(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree without an over-selection that adds no client, where all are sampled."""
     federation = tree.get("federation")
-    if not isinstance(federation, dict) or federation.get("sampled") is not None:
+    if not isinstance(federation, dict) or federation.get("sampled") not in (None, federation.get("clients")):
         return tree
     return {**tree, "federation": {key: value for key, value in federation.items() if key != "over_selection"}}
 

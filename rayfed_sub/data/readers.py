@@ -173,8 +173,8 @@ def read_file(file: Path, wanted: Wanted, field: str) -> Part:
 
 
 def _mapped(schema: Any, batches: Batches) -> tuple[Names, int, datasets.Dataset]:
-    """What the generator returns, and the batches as a memory-mapped data set, or in memory where it has less than
-    `_SMALL` bytes: each mapping keeps a file open, and there may be a file for each of thousands of clients."""
+    """Names of all columns, number of rows, and the batches as a memory-mapped data set, or in memory where it has less
+    than `_SMALL` bytes: each mapping keeps a file open, and there may be a file for each of thousands of clients."""
     import datasets
     import pyarrow as pa
     from datasets.table import InMemoryTable, MemoryMappedTable
@@ -194,7 +194,7 @@ def _mapped(schema: Any, batches: Batches) -> tuple[Names, int, datasets.Dataset
 
 
 def _written(batches: Batches, write: Callable[[Any], None]) -> tuple[Names, int]:
-    """Writes every batch; what the generator returns."""
+    """Writes every batch; returns the names of all columns and the number of rows."""
     while True:
         try:
             write(next(batches))

@@ -335,12 +335,12 @@ def _requirements(config: Config) -> list[str]:
 
 
 def _path(config: Config) -> str:
-    """Where the model is, a preset's too."""
+    """The model's path, of a preset that of its file."""
     return MODELS[config.model.path].path if config.model.path in MODELS else config.model.path
 
 
 def _stores_bitsandbytes(model: Model) -> bool:
-    """Whether the model's weights lie in a checkpoint of bitsandbytes'."""
+    """True for a model whose checkpoint bitsandbytes has quantised."""
     return model.path != RANDOM and bitsandbytes_config(model) is not None
 
 

@@ -115,5 +115,5 @@ def nothing_moved(hook: object, server: Tensors, mean: CohortMean) -> tuple[Tens
 
 
 def moves_server(hook: LocalHook | None) -> bool:
-    """Whether the hook's part at the server may replace tensors that the method's `aggregate` has moved."""
+    """True for a hook whose part at the server may replace tensors that the method's `aggregate` has moved."""
     return hook is not None and not getattr(hook, "keeps_mean", type(hook).aggregate is nothing_moved)

@@ -71,13 +71,13 @@ def _multiplied(x: Tensor, weight_mn: Tensor | Quantised, bias_m: Tensor | None)
         weight_mn = weight_mn.dense(x.dtype)
     if _emulated(x) or (weight_mn.dtype == torch.float32 and x.dtype != torch.float32):
         return _multiplied(x.float(), weight_mn, bias_m).to(x.dtype)
-    rows = x.shape[:-1].numel()
-    if 0 < rows < _FEW and not _tiled(x):
+    rows, tiled = x.shape[:-1].numel(), _tiled(x)
+    if 0 < rows < _FEW and not tiled:
         filled = functional.pad(x.reshape(rows, -1), (0, 0, 0, _FEW - rows))
         # A copy, for a view of what autograd's function returns may not be changed in place, as Longformer does.
         return _multiplied(filled, weight_mn, bias_m)[:rows].reshape(*x.shape[:-1], -1).clone()
     weight_mn, bias_m = weight_mn.to(x.dtype), None if bias_m is None else bias_m.to(x.dtype)
-    if _tiled(x):
+    if tiled:
         y_Nm = _in_tiles(x.reshape(rows, -1), weight_mn, bias_m)
     elif _for_onednn(x, weight_mn):
         y_Nm = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight_mn, bias_m, "none", [], "")

@@ -112,7 +112,7 @@ def load_image_processor(model: Model, image_size: int | None = None) -> HubImag
 
 
 def _processor(model: Model) -> dict[str, Any]:
-    """What the model's processor configuration says; empty where it has none."""
+    """The keys of the model's processor configuration that are set; empty where it has none."""
     from transformers.utils import cached_file
 
     source = locate(model.path)
@@ -131,7 +131,7 @@ def _processor(model: Model) -> dict[str, Any]:
 
 
 def _defaults(processor: dict[str, Any]) -> dict[str, Any]:
-    """What transformers takes for keys that the configuration lacks, by the processor's class, where it names one."""
+    """transformers' values for keys that the configuration lacks, by the processor's class, where it names one."""
     from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
     old = str(processor.get("feature_extractor_type", "")).replace("FeatureExtractor", "ImageProcessor")
