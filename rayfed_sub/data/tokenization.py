@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -22,14 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.batching import AnyRows
-from rayfed_sub.data.chats import Chat, ChatError, Turn
+from rayfed_sub.data.chat_rows import chat_rows
 from rayfed_sub.data.columns import ArrayWriter
+from rayfed_sub.data.cutting import Dropped, Fitted, TokenRow, first_tokens, fitted_texts
 from rayfed_sub.data.images import Images
 from rayfed_sub.data.labels import targets
 from rayfed_sub.data.objects import AsTheyAre, Objects
-from rayfed_sub.data.pairs import LABELLED, Pairs, Span
+from rayfed_sub.data.pairs import LABELLED, Pairs
 from rayfed_sub.data.processors import ImageProcessor, PairTokens, Processor, Tokenizer
 from rayfed_sub.data.rows import Ints, Rows
 
@@ -37,12 +36,10 @@ log = logging.getLogger(__name__)
 progress = logging.getLogger("rayfed_sub.progress")
 """How far a long reading is, for displays; nobody else hears it."""
 
-_CHARACTERS = 6  # in a token, at most, of all but few texts
 _AT_ONCE = 256  # rows in a tokenizer's hands: their lists of integers take ten times the arrays' memory
 
 _SAID = 1.0  # seconds between two words on progress
 
-Encode = Callable[[Sequence[str]], list[list[int]]]
 EncodePairs = Callable[[Sequence[tuple[str, str]]], list[PairTokens]]
 
 
@@ -61,37 +58,6 @@ class Cuts:
     turns: int = 0
     dropped: int = 0
     least: int = 0
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A row's tokens, of which the first `prompt` are its prompt, and whether text, answer and turns were cut.
-    learned: of a chat, for each token whether it is learned; types: of a pair, each token's text."""
-
-    tokens: list[int]
-    prompt: int
-    text_cut: bool
-    answer_cut: bool
-    turns_cut: bool = False
-    learned: Sequence[bool] = ()
-    types: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """A question's tokens, whether its text was cut for them, and whether they fit; if not, those of its shortest
-    form."""
-
-    tokens: list[int]
-    cut: bool
-    fits: bool
-
-
-@dataclass(frozen=True)
-class _Dropped:
-    """A row without room: the smallest max_length that keeps it."""
-
-    least: int
 
 
 def tokenised(pairs: Pairs, processor: Processor, max_length: int) -> tuple[AnyRows, Ints, Cuts]:
@@ -173,9 +139,9 @@ def _made(pairs: Pairs, begin: int, *, processor: Tokenizer, max_length: int, pa
     if pairs.plain:
         return _chunks(pairs, begin, processor, max_length)
     made = _rows(pairs, processor, max_length) if paired is None else _paired(pairs, paired)
-    kept = np.flatnonzero([isinstance(row, _Row) for row in made])
-    rows = [row for row in made if isinstance(row, _Row)]
-    least = [row.least for row in made if isinstance(row, _Dropped)]
+    kept = np.flatnonzero([isinstance(row, TokenRow) for row in made])
+    rows = [row for row in made if isinstance(row, TokenRow)]
+    least = [row.least for row in made if isinstance(row, Dropped)]
     cuts = Cuts(
         cut=sum(row.text_cut or row.answer_cut or row.turns_cut for row in rows),
         prompts=sum(row.text_cut for row in rows),
@@ -225,147 +191,52 @@ def in_words(cut: int, prompts: int, answers: int, dropped: int, turns: int = 0)
     return ", ".join([*[f"{cut:,} cut ({where})"] * (cut > 0), *[f"{dropped:,} dropped"] * (dropped > 0)])
 
 
-def shortened(text: str, spans: Sequence[Span], most: int) -> str:
-    """`text` with at most `most` >= 1 characters of each span, its beginning and its end; what is between spans stays.
-
-    The middle goes, as in LongBench (arXiv 2308.14508, section 4.1): instructions stand at the beginning of long
-    prompts or at their end.
-
-    >>> shortened("Q: abcdefgh, by xy", [(3, 11), (16, 18)], most=3)
-    'Q: abh, by xy'
-    """
-    parts, at = [], 0
-    for begin, end in spans:
-        over = end - begin - most
-        cut = begin + (most + 1) // 2 if over > 0 else end
-        parts += [text[at:cut], text[cut + over : end] if over > 0 else ""]
-        at = end
-    return "".join([*parts, text[at:]])
-
-
-def _rows(pairs: Pairs, processor: Tokenizer, max_length: int) -> list[_Row | _Dropped | None]:
+def _rows(pairs: Pairs, processor: Tokenizer, max_length: int) -> list[TokenRow | Dropped | None]:
     """A row for each pair; None for one without a token to learn from."""
     if len(pairs.chats):
-        return _chats(pairs, processor, max_length)
+        return chat_rows(pairs, processor, max_length)
     if pairs.kind in LABELLED:
-        texts = _fitted(processor.texts, pairs, [max_length] * len(pairs))
+        texts = fitted_texts(processor.texts, pairs, [max_length] * len(pairs))
         return [_classified(text) for text in texts]
-    answers = _begun(processor.answers, list(pairs.answers), max_length)
+    answers = first_tokens(processor.answers, list(pairs.answers), max_length)
     # An answer's share of the row: all of it, or half of the row.
     shares = [min(len(answer), max_length - max_length // 2) for answer in answers]
-    prompts = _fitted(processor.prompts, pairs, [max_length - share for share in shares])
+    prompts = fitted_texts(processor.prompts, pairs, [max_length - share for share in shares])
     tail = processor.tail
     return [_answered(prompt, answer, max_length, tail) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def _classified(text: _Fitted) -> _Row | _Dropped | None:
+def _classified(text: Fitted) -> TokenRow | Dropped | None:
     if not text.tokens:
         return None
     used = len(text.tokens)
-    return _Row(text.tokens, used, text.cut, False) if text.fits else _Dropped(used)
+    return TokenRow(text.tokens, used, text.cut, False) if text.fits else Dropped(used)
 
 
-def _paired(pairs: Pairs, encode: EncodePairs) -> list[_Row | _Dropped | None]:
+def _paired(pairs: Pairs, encode: EncodePairs) -> list[TokenRow | Dropped | None]:
     """A row for each pair of texts; least of a dropped one is the length of the whole."""
     texts = [
         (question[:end], question[begin:])
         for question, ((_, end), (begin, _)) in zip(pairs.questions, pairs.spans, strict=True)
     ]
     return [
-        _Row(made.tokens, len(made.tokens), made.cut, False, types=made.types)
+        TokenRow(made.tokens, len(made.tokens), made.cut, False, types=made.types)
         if made.fits
-        else _Dropped(len(made.tokens))
+        else Dropped(len(made.tokens))
         for made in encode(texts)
     ]
 
 
-def _answered(prompt: _Fitted, answer: list[int], max_length: int, tail: int) -> _Row | _Dropped | None:
+def _answered(prompt: Fitted, answer: list[int], max_length: int, tail: int) -> TokenRow | Dropped | None:
     if not answer:
         return None
     used = len(prompt.tokens)
     if not prompt.fits:
-        return _Dropped(used + min(used, len(answer)))  # half of 2 * used is the prompt's, where the answer is longer
+        return Dropped(used + min(used, len(answer)))  # half of 2 * used is the prompt's, where the answer is longer
     begun = answer[: max_length - used]
     if tail and len(begun) < len(answer):
         begun[-tail:] = answer[-tail:]
-    return _Row([*prompt.tokens, *begun], used, prompt.cut, len(begun) < len(answer))
-
-
-def _chats(pairs: Pairs, processor: Tokenizer, max_length: int) -> list[_Row | _Dropped | None]:
-    chats = list(pairs.chats)
-    try:
-        made = processor.chats([chat.turns for chat in chats])
-    except ChatError as error:
-        raise _refused(chats[error.index], error.cause) from None
-    rows: list[_Row | _Dropped | None] = []
-    for chat, (tokens, learned) in zip(chats, made, strict=True):
-        row: _Row | _Dropped | None = _whole_chat(tokens, learned)
-        if isinstance(row, _Row) and len(row.tokens) > max_length:
-            try:
-                row = _shorter_chat(chat.turns, processor, max_length)
-            except ChatError as error:
-                raise _refused(chat, error.cause) from None
-        rows.append(row)
-    return rows
-
-
-def _refused(chat: Chat, cause: str) -> UserError:
-    allowed = "chats that the model's chat template renders with every text in its place"
-    return UserError("task.messages", str(chat.place), allowed, cause)
-
-
-def _whole_chat(tokens: list[int], learned: list[bool], turns_cut: bool = False) -> _Row | None:
-    if True not in learned:
-        return None
-    end = len(tokens) - learned[::-1].index(True)  # nothing is learned after it
-    begin = end - [*learned[:end][::-1], False].index(False)
-    return _Row(tokens[:end], begin, False, False, turns_cut, learned[:end])
-
-
-def _shorter_chat(turns: Sequence[Turn], processor: Tokenizer, max_length: int) -> _Row | _Dropped | None:
-    """The chat up to the latest answer that fits, or else its first exchange with a shorter text and answer."""
-    ends = [end for end, (role, _) in enumerate(turns, 1) if role == "assistant"]
-
-    def length(end: int) -> int:
-        row = _whole_chat(*processor.chats([turns[:end]])[0])
-        return len(row.tokens) if row is not None else 0
-
-    if fitting := bisect_right(ends, max_length, key=length):
-        end = ends[fitting - 1]
-        return _whole_chat(*processor.chats([turns[:end]])[0], turns_cut=end < len(turns))
-    *before, answer = turns[: ends[0]]
-    text = before.pop()[1] if before and before[-1][0] == "user" else ""
-
-    def said(shorter: str, answered: Turn = answer) -> tuple[list[int], list[bool]]:
-        return processor.chats([[*before, *[("user", shorter)] * bool(text), answered]])[0]
-
-    def prompt(shorter: str) -> list[int]:
-        tokens, learned = said(shorter, ("assistant", "."))  # a long answer need not be read at every try
-        return tokens[: learned.index(True)]
-
-    tokens, learned = said(text)
-    if True not in learned:
-        return None
-    begin = learned.index(True)
-    row = _whole_chat(tokens, learned)
-    assert row is not None, "a token is learned"
-    tokens, learned = row.tokens[begin:], list(row.learned[begin:])
-    share = min(len(tokens), max_length - max_length // 2)
-    spans = ((0, len(text)),) if text else ()
-    one = Pairs("causal-lm", (text,), (answer[1],), ("",), spans=(spans,))
-    (fitted,) = _fitted(lambda texts: list(map(prompt, texts)), one, [max_length - share])
-    used = len(fitted.tokens)
-    if not fitted.fits:
-        return _Dropped(used + min(used, len(tokens)))
-    begun, masks = tokens[: max_length - used], learned[: max_length - used]
-    return _Row(
-        [*fitted.tokens, *begun],
-        used,
-        fitted.cut,
-        len(begun) < len(tokens),
-        turns_cut=len(ends) > 1,
-        learned=[*[False] * used, *masks],
-    )
+    return TokenRow([*prompt.tokens, *begun], used, prompt.cut, len(begun) < len(answer))
 
 
 def _chunks(pairs: Pairs, begin: int, processor: Tokenizer, max_length: int) -> _Made:
@@ -392,67 +263,6 @@ def _counted(cuts: Sequence[Cuts]) -> Cuts:
     least = min((part.least for part in cuts if part.dropped), default=0)
     counts = (field.name for field in fields(Cuts) if field.name != "least")
     return Cuts(**{name: sum(getattr(part, name) for part in cuts) for name in counts}, least=least)
-
-
-def _fitted(encode: Encode, pairs: Pairs, rooms: Sequence[int]) -> list[_Fitted]:
-    """Each question in as many characters as its room of tokens takes.  All rows are searched side by side, because
-    tokenizers are an order faster with many texts at a time."""
-    texts = list(pairs.questions)
-    spans = list(pairs.spans) if len(pairs.spans) else [((0, len(text)),) for text in texts]
-    longest = [max((end - begin for begin, end in row_spans), default=0) for row_spans in spans]
-    searches = [_search(most, room) for most, room in zip(longest, rooms, strict=True)]
-    asked, found = {row: next(search) for row, search in enumerate(searches)}, dict[int, _Fitted]()
-    while asked:
-        made = encode([shortened(texts[row], spans[row], most) for row, most in asked.items()])
-        going_on = {}
-        for row, tokens in zip(asked, made, strict=True):
-            try:
-                going_on[row] = searches[row].send(tokens)
-            except StopIteration as end:
-                found[row] = end.value
-        asked = going_on
-    return [found[row] for row in range(len(texts))]
-
-
-def _search(longest: int, room: int) -> Generator[int, list[int], _Fitted]:
-    """Yields the characters of each span to try, at most `longest`, is sent the tokens of that try, and returns the
-    longest text in at most `room` tokens.  At first no more of a very long text is read than may be needed."""
-    low, best = 1, list[int]()
-    tokens = yield (tried := min(longest, room * _CHARACTERS))
-    if len(tokens) <= room and tried < longest:
-        low, best = tried, tokens
-        tokens = yield (tried := longest)
-    if len(tokens) <= room:
-        return _Fitted(tokens, cut=False, fits=True)
-    high, above = tried, len(tokens)
-    if not best:
-        best = (yield 1) if high > 1 else tokens
-    if len(best) > room:
-        return _Fitted(best, cut=True, fits=False)
-    turn = 0
-    while high - low > 1 and len(best) < room:
-        # Where the room would be if characters took equal shares of the tokens; every third time the middle, which
-        # bounds the number of tries.
-        share = 0.5 if turn % 3 == 2 else (room - len(best)) / (above - len(best))
-        tried = min(max(low + int((high - low) * share), low + 1), high - 1)
-        tokens = yield tried
-        if len(tokens) <= room:
-            low, best = tried, tokens
-        else:
-            high, above = tried, len(tokens)
-        turn += 1
-    return _Fitted(best, cut=True, fits=True)
-
-
-def _begun(encode: Encode, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """Tokens of `encode` for callers that need only `max_length` tokens and the closing one: encodes the start of a
-    long text, up to a space, where tokens end; the whole text where that gives too few."""
-    most = max_length * _CHARACTERS
-    made = encode([text if len(text) <= most else text[:most].rpartition(" ")[0] or text[:most] for text in texts])
-    again = [row for row, text in enumerate(texts) if len(text) > most and len(made[row]) <= max_length]
-    for row, tokens in zip(again, encode([texts[row] for row in again]), strict=True):
-        made[row] = tokens
-    return made
 
 
 def _classes(pairs: Pairs) -> NDArray[Any]:
