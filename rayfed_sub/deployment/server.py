@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rayfed_sub.core.arrays import add_to_digest, settled
 from rayfed_sub.core.errors import RunError
+from rayfed_sub.core.finite import not_finite
 from rayfed_sub.core.types import Client, ServerState, Tensors, Update
 from rayfed_sub.deployment import deltas
 from rayfed_sub.deployment.deltas import Download, History
@@ -19,7 +20,7 @@ from rayfed_sub.methods.downloads import downloaded, mixes
 from rayfed_sub.methods.server_optimizers import advance
 from rayfed_sub.models.weights import target_weights
 from rayfed_sub.planning import sampling
-from rayfed_sub.training.client_errors import client_failed, not_finite
+from rayfed_sub.training.client_errors import client_failed
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from rayfed_sub.core.types import (
 )
 from rayfed_sub.methods import averaging
 from rayfed_sub.methods.hooks import CohortMean, LocalHook, moves_server
-from rayfed_sub.methods.own_failures import AnswerError, Reported, named, shown
+from rayfed_sub.methods.own_failures import AnswerError, Reported, check_finite, named, shown
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import moved
 
@@ -102,12 +102,16 @@ class Hooked:
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         update = self.method.upload(_parted(broadcast)[0], result, weight, shape)
         with self._named("upload", broadcast.round, result.client):
-            return _with(update, _tensors(self.hook.upload(*_ended(result))))
+            sent = _tensors(self.hook.upload(*_ended(result)))
+            check_finite(self.hook, sent, result.tensors, result.memory)
+            return _with(update, sent)
 
     def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
         tensors = self.method.client_state(_parted(broadcast)[0], result, shape)
         with self._named("client_state", broadcast.round, result.client):
-            return {**tensors, **_stored(_tensors(self.hook.client_state(*_ended(result))))}
+            kept = _tensors(self.hook.client_state(*_ended(result)))
+            check_finite(self.hook, kept, result.tensors, result.memory)
+            return {**tensors, **_stored(kept)}
 
     def accumulator(self, server: ServerState, shape: ModelShape) -> Accumulator:
         return self.method.accumulator(_parted(server)[0], shape)
@@ -168,6 +172,8 @@ class Hooked:
             gradients, after = map(_tensors, _pair(self.hook.correct(memory, step)))
             _check_shapes(gradients, wanted)
             _check_shapes(after, memory)
+            for made in (gradients, after):
+                check_finite(self.hook, made, wanted, step.tensors, memory)
         return gradients, after
 
 

@@ -8,7 +8,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
+import torch
+
 from rayfed_sub.core.errors import RunError, UserError
+from rayfed_sub.core.finite import not_finite
 from rayfed_sub.core.types import (
     Accumulator,
     Broadcast,
@@ -64,6 +67,31 @@ def answer(found: Any, kind: type[T]) -> T:
     if not isinstance(found, kind):
         raise AnswerError(f"it gives {shown(found)}, not {kind.__name__}")
     return found
+
+
+def check_finite(owner: object, found: Tensors, *given: Tensors) -> None:
+    """AnswerError for a tensor that is not finite of a function of the caller's own that was given finite ones: no
+    learning rate is to blame."""
+    if _is_known(owner):
+        return
+    failure = not_finite(found)
+    if failure is not None and not any(map(not_finite, given)):
+        raise AnswerError(f"it gives {failure}")
+
+
+def _changes(found: Any, shape: ModelShape) -> Mapping[str, Change]:
+    """The changes of a model.  Raises AnswerError naming the first target without one, or with one of another size."""
+    changes = answer(found, Mapping)  # type: ignore[type-abstract]
+    for layer in shape.targets:
+        if layer.name not in changes:
+            raise AnswerError(f"it gives no change of {layer.name}")
+        change = answer(changes[layer.name], Change)
+        sizes = [torch.Size((len(block.left), block.right.shape[-1])) for block in change.blocks]
+        sizes += [] if change.dense is None else [change.dense.shape]
+        if wrong := [size for size in sizes if size != (layer.m, layer.n)]:
+            size, asked = (" x ".join(map(str, one)) for one in (wrong[0], (layer.m, layer.n)))
+            raise AnswerError(f"it gives {layer.name} a change of {size}, not {asked}")
+    return changes
 
 
 def shown(found: Any) -> str:
@@ -129,11 +157,15 @@ class Reported:
 
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         with self._named("upload", broadcast.round, result.client):
-            return answer(self.method.upload(broadcast, result, weight, shape), Update)
+            update = answer(self.method.upload(broadcast, result, weight, shape), Update)
+            check_finite(self.method, update.tensors, result.tensors)
+            return update
 
     def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
         with self._named("client_state", broadcast.round, result.client):
-            return answer(self.method.client_state(broadcast, result, shape), Mapping)  # type: ignore[type-abstract]
+            tensors = answer(self.method.client_state(broadcast, result, shape), Mapping)  # type: ignore[type-abstract]
+            check_finite(self.method, tensors, result.tensors)
+            return tensors
 
     def accumulator(self, server: ServerState, shape: ModelShape) -> Accumulator:
         with self._named("accumulator", server.round):
@@ -149,11 +181,11 @@ class Reported:
 
     def model(self, server: ServerState, shape: ModelShape) -> Mapping[str, Change]:
         with self._named("model", server.round):
-            return answer(self.method.model(server, shape), Mapping)  # type: ignore[type-abstract]
+            return _changes(self.method.model(server, shape), shape)
 
     def personal_model(self, server: ServerState, state: ClientState | None, shape: ModelShape) -> Mapping[str, Change]:
         with self._named("personal_model", server.round):
-            return answer(self.method.personal_model(server, state, shape), Mapping)  # type: ignore[type-abstract]
+            return _changes(self.method.personal_model(server, state, shape), shape)
 
     def _named(
         self, function: str, round: int | None = None, client: int | None = None

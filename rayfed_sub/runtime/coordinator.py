@@ -24,6 +24,7 @@ from rayfed_sub.clock.virtual_clock import Clock
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.arrays import Packed, add_to_digest, checksum, matrices_checksum, packed, unpacked
 from rayfed_sub.core.errors import RunError
+from rayfed_sub.core.finite import not_finite
 from rayfed_sub.core.schemas import AnswerRow, ClientLayer, ClientRow, CohortLayer, RoundRow, Score, TimelineRow
 from rayfed_sub.core.types import (
     Accumulator,
@@ -67,7 +68,7 @@ from rayfed_sub.storage.state_store import StateStore
 from rayfed_sub.telemetry.environment import environment, merged
 from rayfed_sub.telemetry.events import PackDone, RoundDone
 from rayfed_sub.telemetry.process_memory import PeakMemory, Sample, give_back
-from rayfed_sub.training.client_errors import client_failed, not_finite
+from rayfed_sub.training.client_errors import client_failed
 
 _CLAIM_SECONDS = 60.0
 _WORKING = 28  # bytes for each number of a weight whose change is looked at: three in float32, two in float64

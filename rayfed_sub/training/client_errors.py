@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 
-import torch
-from torch import Tensor
-
 from rayfed_sub.core.errors import RunError
-from rayfed_sub.core.types import LocalResult, Start, Tensors
+from rayfed_sub.core.types import LocalResult, Start
 from rayfed_sub.data.batching import Batch, Batches
 
 _LENGTH = 300  # characters; an error message may hold whole records
@@ -35,15 +31,6 @@ def failed(client: int, start: Start, cause: str) -> LocalResult:
     )
 
 
-def not_finite(tensors: Tensors) -> str | None:
-    """The first tensor with a NaN or an infinity, None where there is none.
-
-    >>> not_finite({"a/left": torch.full((2,), 3e38), "a/right": torch.tensor([0.0, float("inf")])})
-    'non-finite values in a/right'
-    """
-    return next((f"non-finite values in {name}" for name, x in tensors.items() if not _finite(x)), None)
-
-
 def client_failed(cause: str, n: int, client: int) -> RunError:
     """The end of a run whose configuration does not let a failed client be skipped.
 
@@ -55,9 +42,3 @@ def client_failed(cause: str, n: int, client: int) -> RunError:
         advice = f"lower optimizer.lr and begin anew in another folder; {skip} would leave such clients out"
         return RunError("local training", f"{cause}; {advice}", round=n, client=client, resume=None)
     return RunError("local training", f"{cause}; {skip} would go on without it", round=n, client=client, resume=(skip,))
-
-
-def _finite(x: Tensor) -> bool:
-    """True where all numbers are finite.  A sum with one that is not is not finite either, and costs a twentieth of a
-    mask over all; finite numbers whose sum overflows are looked at one by one."""
-    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())

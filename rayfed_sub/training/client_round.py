@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rayfed_sub.core.finite import not_finite
 from rayfed_sub.core.types import Broadcast, ClientState, LocalResult, ModelShape, Update
 from rayfed_sub.data.batching import ClientBatches
 from rayfed_sub.data.rows import Ints
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.privacy.examples import row_privacy
-from rayfed_sub.training.client_errors import not_finite
 from rayfed_sub.training.pack_step import LocalRule
 
 if TYPE_CHECKING:

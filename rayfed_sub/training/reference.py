@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rayfed_sub.core.finite import not_finite
 from rayfed_sub.core.lowrank import sides
 from rayfed_sub.core.types import LocalResult, LocalStep, ModelShape, OptimizerRule, Start, Tensors
 from rayfed_sub.data.batching import Batch
@@ -24,7 +25,7 @@ from rayfed_sub.data.objects import OwnBatch
 from rayfed_sub.models.flat_rows import pass_rule
 from rayfed_sub.models.text_to_text import decoder_inputs
 from rayfed_sub.models.weights import answered
-from rayfed_sub.training.client_errors import drawn, not_finite
+from rayfed_sub.training.client_errors import drawn
 from rayfed_sub.training.dropout import GivenDropout
 from rayfed_sub.training.executor import ClientWork
 from rayfed_sub.training.libraries import Moving, moving_tensors, roles, stepper_of

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from rayfed_sub.core.devices import fetched, onto, sent, stacked
+from rayfed_sub.core.finite import not_finite
 from rayfed_sub.core.types import Layer, LocalResult, ModelShape, OptimizerRule, Start, Tensors
 from rayfed_sub.data.batching import Batches
 from rayfed_sub.training import optimizers
 from rayfed_sub.training.blocks import Closed
-from rayfed_sub.training.client_errors import not_finite
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -639,6 +639,30 @@ def test_failure_of_a_method_names_round_and_function(function: str, tmp_path: P
     for turn, (found, said) in enumerate(failures):
         kind = type("Fails", (FedIT,), {function: found, "name": "fails", "__module__": __name__})
         with pytest.raises(RunError, match=rf"^round 0{whose}, method fails\.{function}: {said}$"):
+            run(config(), tmp_path / f"run-{turn}", data=DATA, model=model(), method=kind(rank=2))
+
+
+def test_answer_of_a_method_is_held_against_the_model(tmp_path: Path) -> None:
+    """Where it is given, and not where somebody computes with it."""
+    mine, names = {"name": "mine", "__module__": __name__}, dict.fromkeys(name for name, _ in net().named_modules())
+
+    def shorter(self: FedIT, *arguments: Any) -> Any:
+        update = FedIT.upload(self, *arguments)
+        return replace(update, tensors={name: x[:1] for name, x in update.tensors.items()})
+
+    def infinite(self: FedIT, *arguments: Any) -> Any:
+        update = FedIT.upload(self, *arguments)
+        return replace(update, tensors={name: x / 0 for name, x in update.tensors.items()})
+
+    answers = [
+        ({"upload": shorter}, r"round 1, method mine\.model: it gives \S+ a change of 1 x \d+, not \d+ x \d+"),
+        ({"upload": infinite}, r"round 0, client \d, method mine\.upload: it gives non-finite values in \S+"),
+        ({"model": lambda *arguments: {}}, r"round 0, method mine\.model: it gives no change of \S+"),
+        ({"model": lambda *arguments: names}, r"round 0, method mine\.model: it gives nothing, not Change"),
+    ]
+    for turn, (functions, said) in enumerate(answers):
+        kind = type("Mine", (FedIT,), {**functions, **mine})
+        with pytest.raises(RunError, match=f"^{said}$"):
             run(config(), tmp_path / f"run-{turn}", data=DATA, model=model(), method=kind(rank=2))
 
 

@@ -124,6 +124,28 @@ def test_failure_of_a_hook_names_function_round_and_client(function: str) -> Non
         assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("function", ["correct", "upload", "client_state"])
+def test_hook_that_makes_numbers_of_its_own_infinite_is_named(function: str) -> None:
+    """Not the learning rate."""
+
+    @dataclass(frozen=True)
+    class Overflows(outside_hooks.FedProx):
+        def correct(self, memory: Tensors, step: LocalStep) -> tuple[Tensors, Tensors]:
+            if function != "correct":
+                return super().correct(memory, step)
+            return {name: x * torch.inf for name, x in step.gradients.items()}, memory
+
+        def upload(self, memory: Tensors, ended: Tensors, steps: int) -> Tensors:
+            return {"a": torch.tensor([torch.nan])} if function == "upload" else {}
+
+        def client_state(self, memory: Tensors, ended: Tensors, steps: int) -> Tensors:
+            return {"a": torch.tensor([1.0, torch.inf])} if function == "client_state" else {}
+
+    said = rf"^round 0, client 0, hook fedprox\.{function}: it gives non-finite values in \S+$"
+    with pytest.raises(RunError, match=said):
+        rounds_of(Overflows(), "fedit", llama())
+
+
 def test_clients_that_send_other_shapes_are_named() -> None:
     @dataclass(frozen=True)
     class Uneven(outside_hooks.FedProx):
