@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from torch import nn
 
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Layer, ModelShape
+from rayfed_sub.models.class_rows import class_rows, named_classes
 from rayfed_sub.models.experts import Matrix
 from rayfed_sub.models.flat_rows import is_flat
 from rayfed_sub.models.hub import RANDOM, Source, locate, quiet, reading
@@ -30,6 +32,8 @@ from rayfed_sub.models.tokenizers import ByteTokenizer
 
 if TYPE_CHECKING:
     from rayfed_sub.config.schema import Model
+
+log = logging.getLogger(__name__)
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -69,6 +73,8 @@ class Architecture:
     module: a module of the caller's own that transformers does not build, on the meta device; loss, measure: the
     caller's own, see `OwnModel`.
     quantised: parameters that lie in memory quantised, and in which form (`models/quantised.py`).
+    class_rows: rows of a checkpoint's classification head in the order of the classes; () where they are in it, None
+    where the head is for other classes and is drawn anew (`models/class_rows.py`).
     """
 
     hf_config: Any
@@ -85,6 +91,7 @@ class Architecture:
     measure: Measure | None = None
     sources: int | None = None
     quantised: Mapping[str, str] = field(default_factory=dict)
+    class_rows: tuple[int, ...] | None = ()
 
     @property
     def one_at_a_time(self) -> bool:
@@ -139,8 +146,11 @@ def architecture(
     causal = [key for key in _CAUSAL if kind == "causal-lm" and getattr(hf_config, key, None) is False]
     for key in causal:  # BERT and its variants are encoders by default
         setattr(hf_config, key, True)
+    rows: tuple[int, ...] | None = ()
     if classifies:
         names = tuple(class_names) if problem != "regression" else ("LABEL_0",)  # transformers' name of one output
+        if problem != "regression" and model.path != RANDOM:
+            rows = _rows_of_classes(named_classes(hf_config), names, given)
         hf_config.id2label = dict(enumerate(names))  # their number follows
         hf_config.label2id = {name: number for number, name in enumerate(names)}
         hf_config.problem_type = PROBLEM_TYPES[problem]
@@ -177,7 +187,21 @@ def architecture(
         vars(module).get("one_at_a_time", False),
         sources=position_limit(module, hf_config, "encoder") if kind == KIND else None,
         quantised={} if given is not None else quantised_forms(model, module, shape),
+        class_rows=rows,
     )
+
+
+def _rows_of_classes(own: Sequence[str], names: Sequence[str], given: Any) -> tuple[int, ...] | None:
+    """See `Architecture.class_rows`; own: the configuration's classes.  Raises UserError for a model of the caller's
+    own whose classes are the same in another order, since its tensors stay as they are."""
+    rows = class_rows(own, names)
+    theirs, ours = (", ".join(these[:8]) + (", ..." if len(these) > 8 else "") for these in (own, names))
+    if given is None and rows is None:
+        log.warning("model.path: its head is for other classes (%s); a new one is drawn for %s", theirs, ours)
+    elif given is not None and rows:
+        allowed = f"a model whose classes are in the order of task.label's, {ours}; it has {theirs}"
+        raise UserError("model", type(given).__name__, allowed, "save it, and set model.path to its folder")
+    return rows
 
 
 def bare_config(model: Model, kind: str, vocabulary: int | None = None) -> Any:

@@ -276,7 +276,25 @@ def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, se
             f"a checkpoint for {architecture.kind} with all its weights",
             f"it lacks {some}",
         )
-    return module, lacking if stored is None else lacking | _without_bitsandbytes(module, model, architecture)
+    if stored is not None:
+        lacking |= _without_bitsandbytes(module, model, architecture)
+    return module, lacking | _without_other_classes(module, architecture, lacking)
+
+
+def _without_other_classes(module: nn.Module, architecture: Architecture, lacking: set[str]) -> set[str]:
+    """Puts the rows of the checkpoint's head, if it has one, into the order of the classes (`class_rows`).  Gives the
+    names of a head's weights for other classes, of the layer that has a row for each."""
+    rows = architecture.class_rows
+    if rows == () or not architecture.shape.head:
+        return set()
+    output = [layer for layer in architecture.shape.head if layer.m == architecture.hf_config.num_labels][-1]
+    parts = dict(module.get_submodule(output.name).named_parameters(prefix=output.name))
+    if rows is None:
+        return set(parts)
+    for name, parameter in parts.items():
+        if name not in lacking:
+            parameter.data = parameter.data[list(rows)]
+    return set()
 
 
 def _without_bitsandbytes(module: nn.Module, model: Model, architecture: Architecture) -> set[str]:

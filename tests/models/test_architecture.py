@@ -24,6 +24,8 @@ from rayfed_sub.core.types import Layer
 from rayfed_sub.models.architecture import AUTO_CLASSES, architecture, build, loading_class
 from rayfed_sub.models.hub import Source, locate
 from rayfed_sub.models.model_folder import write_folder
+from rayfed_sub.models.own_architecture import own_architecture
+from rayfed_sub.models.own_model import OwnModel
 from rayfed_sub.models.presets import MODELS
 from rayfed_sub.models.tokenizers import load_tokenizer
 from rayfed_sub.models.weights import assemble, check_causal, load_weights, target_weights
@@ -273,6 +275,41 @@ def test_new_head_on_a_pretrained_encoder_is_drawn(tmp_path: Path) -> None:
     assert torch.equal(drawn["classifier.bias"], torch.zeros(5))
     name = "bert.encoder.layer.1.intermediate.dense.weight"
     assert torch.equal(drawn[name], tensors[name])
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "GPT2"])
+def test_head_of_a_checkpoint_keeps_its_classes(kind: str, tmp_path: Path) -> None:
+    """Whatever their order there: each class of the data has the logit that the checkpoint gives it."""
+    sizes = GPT2 if kind == "GPT2" else {**SMALL, "max_position_embeddings": 64}
+    sizes = {name: number for name, number in sizes.items() if name != "type"}
+    config = getattr(transformers, f"{kind}Config")(**sizes, vocab_size=64, pad_token_id=1)
+    config.id2label = {0: "no", 1: "Yes", 2: "maybe"}
+    whole = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    whole.save_pretrained(tmp_path)
+    model, ids = Model(path=str(tmp_path)), torch.tensor([[5, 9, 11, 12]])
+    with torch.no_grad():
+        wanted = whole(ids).logits[0]
+        for names, order in (("maybe", "no", "yes"), [2, 0, 1]), (("0", "1", "2"), [0, 1, 2]):
+            bones = architecture(model, "text-classification", names, 64, pad=1)
+            found = assemble(bones, load_weights(model, bones, seed=0))(ids).logits[0]
+            torch.testing.assert_close(found, wanted[order])
+
+
+def test_head_for_other_classes_is_drawn_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As where their number is another one.  A model of the caller's own keeps its tensors, in their order."""
+    config = transformers.BertConfig(**SMALL, vocab_size=64, id2label={0: "no", 1: "yes", 2: "maybe"})
+    whole = transformers.BertForSequenceClassification(config)
+    torch.nn.init.ones_(whole.classifier.bias)
+    whole.save_pretrained(tmp_path)
+    model = Model(path=str(tmp_path))
+    bones = architecture(model, "text-classification", THREE, 64, pad=0)
+    assert "its head is for other classes (no, yes, maybe); a new one is drawn for few, some, many" in caplog.text
+    tensors = load_weights(model, bones, seed=0)
+    assert torch.equal(tensors["classifier.bias"], torch.zeros(3))
+    own = OwnModel(whole)
+    assert own_architecture(own, Model(), "text-classification", THREE, 64, 0)[0].class_rows is None
+    with pytest.raises(UserError, match=r"^model: got 'BertConfig'; allowed: a model whose classes are in"):
+        own_architecture(own, Model(), "text-classification", ("maybe", "no", "yes"), 64, 0)
 
 
 @pytest.mark.parametrize("own", [0, None])
