@@ -123,7 +123,7 @@ class SweepDisplay:
         if len(frame) > len(ranked):
             self._print(f"and {len(frame) - len(ranked)} more in trials.parquet", "dim")
         if best is None:
-            self._print(f"No trial has a {sweep.metric}, so there is no best one.")
+            self._print(f"No trial ended with a {sweep.metric}, so there is no best one.")
         settings = [f"best.yaml (trial {best})"] if best is not None else []
         files = ["trials.parquet", "curves.parquet", *settings, "report.html", "trials/"]
         self._print(f"{sweep.folder}: {', '.join(files)}")

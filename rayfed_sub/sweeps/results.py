@@ -23,6 +23,9 @@ SENT = ("uplink_bytes", "downlink_bytes")
 CLOCKED = ("simulated_hours", "joules", "wasted_bytes", "wasted_share", "idle_share", "counted_share")
 """Columns of trials with devices, from the account of their virtual clock."""
 
+_BEFORE = "_before"
+"""The end of a score's name where it is the untrained model's."""
+
 CURVE = "curve"
 """The key of a trial's curve in its last report: JSON, the cells of `CURVE_COLUMNS` at every evaluation."""
 
@@ -55,10 +58,23 @@ def table(ended: Sequence[Ended], metrics: Sequence[str]) -> pd.DataFrame:
     for at, trial in enumerate(in_order):
         reported, values = trial.reported, {key: column[at] for key, column in columns.items()}
         row = {"trial": trial.number, **values, "status": trial.status, "rounds": reported.get("rounds", 0)}
-        row |= {name: reported.get(name) for name in (*metrics, *SENT, *clocked, "weights_sha256")}
+        row |= {name: _score_of(reported, name) for name in metrics}
+        row |= {name: reported.get(name) for name in (*SENT, *clocked, "weights_sha256")}
         rows.append({**row, "failure": trial.failure, "folder": f"trials/{trial.number:05d}"})
     whole = dict.fromkeys(SENT, "Int64") | dict.fromkeys((*metrics, *clocked), "float64")
     return pd.DataFrame(rows).astype({**whole, "weights_sha256": "string", "failure": "string"})
+
+
+def _score_of(reported: Mapping[str, Any], name: str) -> Any:
+    """A score of the last report: before the first round it is the untrained model's.
+
+    >>> early = {"rounds": 0, "held_out_loss": 4.0}
+    >>> _score_of(early, "held_out_loss"), _score_of(early, "held_out_loss_before")
+    (None, 4.0)
+    """
+    if reported.get("rounds"):
+        return reported.get(name)
+    return reported.get(name.removesuffix(_BEFORE)) if name.endswith(_BEFORE) else None
 
 
 def curves(ended: Sequence[Ended]) -> pd.DataFrame:

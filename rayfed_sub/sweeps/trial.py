@@ -49,12 +49,16 @@ def trial(given: Mapping[str, Any], sweep: Trials, inputs: SharedInputs, trials:
     job, shared = inputs.job(sweep.config(values))
     rounds, same, kind = job.config.federation.rounds or 0, job.any_pack, job.dataset.kind
 
+    untrained = dict[str, float]()
+
     def notify(record: object) -> None:
         """The last round is reported with the summary."""
         if isinstance(record, Started) and not record.round:
+            untrained.update({f"{name}_before": score for name, score in record.metrics.items()})
             tune.report(_progress(0, rounds, record.metrics, kind))
         if isinstance(record, RoundDone) and record.scores and record.row.round + 1 != rounds:
-            tune.report(_progress(record.row.round + 1, rounds, overall(record.scores), kind))
+            scores = {**overall(record.scores), **untrained}
+            tune.report(_progress(record.row.round + 1, rounds, scores, kind))
 
     with open_place(out, notify, resume=True) as place:
         done = None

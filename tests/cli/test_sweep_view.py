@@ -205,7 +205,7 @@ def test_the_final_table_of_failures() -> None:
     lines = text.getvalue().splitlines()[1:]
     assert lines[2].split() == ["0", "2", "8", "1e-3", "failed", "0", "-", "3.0", "MB"]
     assert lines[-2:] == [
-        "No trial has a held_out_loss, so there is no best one.",
+        "No trial ended with a held_out_loss, so there is no best one.",
         "runs/[look]: trials.parquet, curves.parquet, report.html, trials/",
     ]
 

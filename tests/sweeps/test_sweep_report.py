@@ -242,6 +242,19 @@ def test_column_of_a_key_has_one_type(given: tuple[Any, ...], stored: list[Any],
     assert report(frame, ("a.key",))["Trials"]
 
 
+def test_trial_that_finished_no_round_has_the_untrained_score_alone() -> None:
+    """Whoever reads the table would take it for a result."""
+    given = [{"rounds": 0, "finished": False, "held_out_loss": 4.0}, {"rounds": 2, "held_out_loss": 3.0}]
+    given[1]["held_out_loss_before"] = 4.0
+    frame = table(
+        [Ended(at, {"a.key": at}, reported, "no") for at, reported in enumerate(given)],
+        ["held_out_loss_before", "held_out_loss"],
+    )
+    assert frame["held_out_loss_before"].tolist() == [4.0, 4.0]
+    assert math.isnan(frame["held_out_loss"][0])
+    assert frame["held_out_loss"][1] == 3.0
+
+
 def test_every_file_of_a_finished_sweep_is_sent(tmp_path: Path) -> None:
     folder, store = tmp_path / "here", tmp_path / "store"
     folder.mkdir()
