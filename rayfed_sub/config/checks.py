@@ -43,19 +43,25 @@ RENAMED = {
 }
 """Keys of earlier versions, with the keys that replace them."""
 
-NEEDS = {
-    "federation.partition.alpha": ("kind", ("dirichlet",)),
-    "federation.partition.shards_per_client": ("kind", ("shards",)),
-    "federation.partition.exponent": ("kind", ("power-law",)),
-    "optimizer.betas": ("name", ("adamw",)),
-    "optimizer.eps": ("name", ("adamw",)),
-    "optimizer.momentum": ("name", ("sgd",)),
-    "optimizer.final_lr_ratio": ("schedule", ("linear", "cosine")),
-    "server.momentum": ("optimizer", ("momentum",)),
-    "server.betas": ("optimizer", ("adam",)),
-    "server.tau": ("optimizer", ("adam",)),
-}
-"""Keys that have an effect only with some values of another key of their section."""
+NEEDS = (
+    ("federation.partition.alpha", "federation.partition.kind", ("dirichlet",)),
+    ("federation.partition.shards_per_client", "federation.partition.kind", ("shards",)),
+    ("federation.partition.exponent", "federation.partition.kind", ("power-law",)),
+    ("federation.round_deadline", "federation.mode", ("sync", "semi-sync")),
+    ("federation.over_selection", "federation.mode", ("sync", "semi-sync")),
+    ("federation.local_seconds", "federation.mode", ("semi-sync",)),
+    *((f"federation.asynchronous.{name}", "federation.mode", ("async",)) for name in Asynchronous.model_fields),
+    ("federation.asynchronous.buffer", "federation.asynchronous.rule", ("fedbuff",)),
+    ("federation.asynchronous.mixing", "federation.asynchronous.rule", ("fedasync",)),
+    ("optimizer.betas", "optimizer.name", ("adamw",)),
+    ("optimizer.eps", "optimizer.name", ("adamw",)),
+    ("optimizer.momentum", "optimizer.name", ("sgd",)),
+    ("optimizer.final_lr_ratio", "optimizer.schedule", ("linear", "cosine")),
+    ("server.momentum", "server.optimizer", ("momentum",)),
+    ("server.betas", "server.optimizer", ("adam",)),
+    ("server.tau", "server.optimizer", ("adam",)),
+)
+"""Keys that have an effect only with some values of another key: both, and these values."""
 
 
 def check(cls: type[R], tree: Mapping[str, Any], prefix: str = "") -> R:
@@ -112,14 +118,14 @@ def check_rules(config: Config) -> None:
 
 def _check_effects(config: Config) -> None:
     """UserError for a key that is set and has no effect."""
-    for path, (selector, values) in NEEDS.items():
+    for path, selector, values in NEEDS:
         prefix, _, name = path.rpartition(".")
         section: Any = reduce(getattr, prefix.split("."), config)
         value, default = getattr(section, name), type(section).model_fields[name].default
-        if value != default and getattr(section, selector) not in values:
-            allowed = f"{default}, for it is of {prefix}.{selector}={' and '.join(values)} alone"
-            advice = f"set {prefix}.{selector}={values[0]}, or {path}={json.dumps(default)}"
-            raise UserError(path, value, allowed, advice)
+        chosen: Any = reduce(getattr, selector.split("."), config)
+        if value != default and chosen not in values:
+            allowed = f"{json.dumps(default)}, for it is of {selector}={' and '.join(values)} alone"
+            raise UserError(path, value, allowed, f"set {selector}={values[0]}, or {path}={json.dumps(default)}")
 
 
 def check_training(config: Config) -> None:
@@ -262,7 +268,7 @@ def _check_devices(devices: Devices) -> None:
 
 def _check_mode(config: Config) -> None:
     """Settings of the simulated time and of the way in which rounds end."""
-    federation, rule = config.federation, config.federation.asynchronous
+    federation = config.federation
     mode, timed = federation.mode, bool(config.devices.classes)
     clocked = {
         "mode": (mode, mode != "sync"),
@@ -273,40 +279,24 @@ def _check_mode(config: Config) -> None:
         if used and not timed:
             allowed = "nothing else than the default without devices.classes, which give the time"
             raise UserError(f"federation.{field}", value, allowed, "add devices.classes")
-        if used and field != "mode" and mode == "async":
-            allowed = "nothing with federation.mode=async, which has no rounds to wait for"
-            raise UserError(f"federation.{field}", value, allowed, "remove it")
     if clocked["over_selection"][1] and federation.drawn == federation.cohort:
         allowed = f"what adds a client to the {federation.cohort} of a round, of {federation.clients} in all"
         advice = "lower federation.sampled or raise federation.over_selection"
         raise UserError("federation.over_selection", federation.over_selection, allowed, advice)
-    if (mode == "semi-sync") != (federation.local_seconds is not None):
-        needed = "a number of seconds with" if mode == "semi-sync" else "nothing without"
-        allowed = f"{needed} federation.mode=semi-sync"
-        advice = "set or remove federation.local_seconds"
-        raise UserError("federation.local_seconds", federation.local_seconds, allowed, advice)
-    if mode != "async":
-        for name, known in Asynchronous.model_fields.items():
-            if (value := getattr(rule, name)) != known.default:
-                allowed = "nothing without federation.mode=async"
-                raise UserError(f"federation.asynchronous.{name}", value, allowed, "set the mode, or remove it")
-        return
-    _check_asynchronous(config)
+    if mode == "semi-sync" and federation.local_seconds is None:
+        allowed = "a number of seconds with federation.mode=semi-sync"
+        raise UserError("federation.local_seconds", None, allowed, "e.g. federation.local_seconds=60")
+    if mode == "async":
+        _check_asynchronous(config)
 
 
 def _check_asynchronous(config: Config) -> None:
     federation, rule, prefix = config.federation, config.federation.asynchronous, "federation.asynchronous"
-    if rule.rule == "fedasync" and rule.buffer not in (None, 1):
-        allowed = "null with rule=fedasync, which takes every update as it comes"
-        raise UserError(f"{prefix}.buffer", rule.buffer, allowed, "remove it, or set rule=fedbuff")
     if rule.rule == "fedbuff":
         most = federation.clients
         if rule.buffer is None or rule.buffer > most:
             allowed = f"1 to federation.clients={most} with rule=fedbuff"
             raise UserError(f"{prefix}.buffer", rule.buffer, allowed, f"e.g. {prefix}.buffer={max(1, most // 2)}")
-        if rule.mixing != Asynchronous.model_fields["mixing"].default:
-            allowed = "nothing with rule=fedbuff, whose step server.lr scales"
-            raise UserError(f"{prefix}.mixing", rule.mixing, allowed, "remove it, or set rule=fedasync")
     if federation.availability != 1.0:
         allowed = "1.0 with federation.mode=async; a device's hours say when it is available"
         raise UserError("federation.availability", federation.availability, allowed, "remove it")

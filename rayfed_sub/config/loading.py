@@ -114,22 +114,27 @@ def _selecting(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "federation": {key: value for key, value in federation.items() if key != "over_selection"}}
 
 
-def effective(tree: dict[str, Any], keys: Iterable[str] = tuple(NEEDS)) -> dict[str, Any]:
-    """The tree without those of the keys, by default of `NEEDS`, that have no effect in it, changed in place.
+def effective(tree: dict[str, Any], needs: Iterable[tuple[str, str, tuple[str, ...]]] = NEEDS) -> dict[str, Any]:
+    """The tree without keys that have no effect in it, changed in place; needs: as `NEEDS`.
 
     >>> effective({"optimizer": {"name": "adamw", "momentum": 0.9, "lr": 0.1}})
     {'optimizer': {'name': 'adamw', 'lr': 0.1}}
     """
-    for path in keys:
-        (*sections, name), (selector, values) = path.split("."), NEEDS[path]
-        section: Any = tree
-        for one in sections:
-            section = section.get(one) if isinstance(section, dict) else None
-        if isinstance(section, dict):
-            chosen = section.get(selector, getattr(reduce(getattr, sections, Config()), selector))
-            if chosen not in values:
-                section.pop(name, None)
+    for path, selector, values in needs:
+        section, name = _section(tree, path)
+        known, key = _section(tree, selector)
+        if known.get(key, reduce(getattr, selector.split("."), Config())) not in values:
+            section.pop(name, None)
     return tree
+
+
+def _section(tree: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The section of the tree in which a key stands, empty where there is none, and the key's name there."""
+    *sections, name = path.split(".")
+    found: Any = tree
+    for one in sections:
+        found = found.get(one) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}, name
 
 
 def _renamed(tree: Mapping[str, Any]) -> dict[str, Any]:

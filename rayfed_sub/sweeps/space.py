@@ -322,7 +322,7 @@ def load_sweep(
 
 def _common(tree: Mapping[str, Any], axes: Iterable[str]) -> dict[str, Any]:
     """The tree without keys that have an effect only at some points of a space with these keys."""
-    varied = [path for path, (key, _) in NEEDS.items() if {path, f"{path.rpartition('.')[0]}.{key}"} & set(axes)]
+    varied = [need for need in NEEDS if {*need[:2]} & set(axes)]
     return effective(overridden(tree, []), varied)
 
 

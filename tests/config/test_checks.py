@@ -62,22 +62,26 @@ RULES = {
     ),
     "federation.mode: got 'async'; allowed: nothing else than the default without devices.classes, which give the "
     "time; add devices.classes": Config(federation=BUFFERED),
-    "federation.round_deadline: got 5.0; allowed: nothing with federation.mode=async, which has no rounds to wait for; "
-    "remove it": Config(devices=DEVICES, federation=BUFFERED.model_copy(update={"round_deadline": 5.0})),
-    "federation.local_seconds: got None; allowed: a number of seconds with federation.mode=semi-sync; set or remove "
-    "federation.local_seconds": Config(devices=DEVICES, federation=Federation(mode="semi-sync")),
-    "federation.asynchronous.buffer: got 2; allowed: nothing without federation.mode=async; set the mode, or remove "
-    "it": Config(federation=Federation(asynchronous=Asynchronous(buffer=2))),
+    "federation.round_deadline: got 5.0; allowed: null, for it is of federation.mode=sync and semi-sync alone; set "
+    "federation.mode=sync, or federation.round_deadline=null": Config(
+        devices=DEVICES, federation=BUFFERED.model_copy(update={"round_deadline": 5.0})
+    ),
+    "federation.local_seconds: got None; allowed: a number of seconds with federation.mode=semi-sync; e.g. "
+    "federation.local_seconds=60": Config(devices=DEVICES, federation=Federation(mode="semi-sync")),
+    "federation.asynchronous.buffer: got 2; allowed: null, for it is of federation.mode=async alone; set "
+    "federation.mode=async, or federation.asynchronous.buffer=null": Config(
+        federation=Federation(asynchronous=Asynchronous(buffer=2))
+    ),
     "federation.asynchronous.buffer: got 9; allowed: 1 to federation.clients=8 with rule=fedbuff; "
     "e.g. federation.asynchronous.buffer=4": Config(
         devices=DEVICES, federation=Federation(mode="async", asynchronous=Asynchronous(buffer=9))
     ),
-    "federation.asynchronous.buffer: got 2; allowed: null with rule=fedasync, which takes every update as it comes; "
-    "remove it, or set rule=fedbuff": Config(
+    "federation.asynchronous.buffer: got 2; allowed: null, for it is of federation.asynchronous.rule=fedbuff alone; "
+    "set federation.asynchronous.rule=fedbuff, or federation.asynchronous.buffer=null": Config(
         devices=DEVICES, federation=Federation(mode="async", asynchronous=Asynchronous(rule="fedasync", buffer=2))
     ),
-    "federation.asynchronous.mixing: got 0.5; allowed: nothing with rule=fedbuff, whose step server.lr scales; remove "
-    "it, or set rule=fedasync": Config(
+    "federation.asynchronous.mixing: got 0.5; allowed: 0.6, for it is of federation.asynchronous.rule=fedasync "
+    "alone; set federation.asynchronous.rule=fedasync, or federation.asynchronous.mixing=0.6": Config(
         devices=DEVICES, federation=Federation(mode="async", asynchronous=Asynchronous(buffer=2, mixing=0.5))
     ),
     "federation.availability: got 0.5; allowed: 1.0 with federation.mode=async; a device's hours say when it is "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import reduce
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,30 @@ def test_points_leave_out_keys_that_have_no_effect_there() -> None:
     assert {(one.kind, one.alpha) for _, one in found} == {("iid", 0.5), ("dirichlet", 0.1), ("dirichlet", 0.3)}
     with pytest.raises(UserError, match=r"^server\.momentum: got 0\.5; .* or server\.momentum=0\.9"):
         space(text, "server.momentum=0.5")
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "left"),
+    [
+        ("federation.mode: {grid: [sync, async]}", "federation.asynchronous.buffer=2", ["null", "2"]),
+        ("federation.mode: {grid: [sync, semi-sync]}", "federation.local_seconds=9.0", ["null", "9.0"]),
+        ("federation.mode: {grid: [sync, async]}", "federation.round_deadline=9.0", ["9.0", "null"]),
+        (
+            "federation.asynchronous.rule: {grid: [fedbuff, fedasync]}",
+            "federation.asynchronous.buffer=2",
+            ["2", "null"],
+        ),
+    ],
+)
+def test_keys_of_a_mode_are_left_out_at_points_of_others(text: str, given: str, left: list[str]) -> None:
+    path = given.partition("=")[0].split(".")
+    mode = ["federation.mode=async"] if "rule" in text else []
+    if given.startswith("federation.round_deadline"):
+        mode = ["federation.asynchronous.buffer=2"]
+    sweep = space(
+        text, "devices.classes={a: {seconds_per_step: 1}}", "method.name=fedit", "federation.rounds=2", given, *mode
+    )
+    assert [json.dumps(reduce(getattr, path, sweep.config(values))) for values in sweep.points()] == left
 
 
 def test_checked_points_of_optuna_are_each_value_with_the_ends_of_the_others() -> None:
