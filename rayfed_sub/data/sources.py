@@ -55,7 +55,7 @@ def sources_of(task: Task, by_client: bool = False) -> dict[Split, list[Source]]
     """
     found: dict[str, list[Source]] = {}
     for place in listed(task.path):
-        for split, sources in sources_at("task.path", place, by_client).items():
+        for split, sources in sources_at("task.path", place, by_client, task.image is not None).items():
             found.setdefault(split, []).extend(sources)
     if task.split_column is not None:
         every = [source for sources in found.values() for source in sources]
@@ -64,7 +64,7 @@ def sources_of(task: Task, by_client: bool = False) -> dict[Split, list[Source]]
     chosen: dict[Split, list[Source]] = {}
     for split in SPLITS:
         names = names_of(task, split, found)
-        chosen[split] = [source for name in names for source in _named(split, name, found, task.path, by_client)]
+        chosen[split] = [source for name in names for source in _named(task, split, name, found, by_client)]
     if not chosen["train"]:
         allowed = f"names of the training rows, of the splits {', '.join(found) or 'of task.path'} or of files"
         raise UserError("task.train", task.train, allowed, "set task.train")
@@ -128,33 +128,33 @@ def listed(names: str | Sequence[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
 
 
-def _named(
-    split: Split, name: str, found: Found, path: str | Sequence[str] | None, by_client: bool
-) -> Sequence[Source]:
+def _named(task: Task, split: Split, name: str, found: Found, by_client: bool) -> Sequence[Source]:
     """The sources of a split of task.path, or, where it has none of that name, at the place of that name."""
     if name in found:
         return found[name]
+    path = task.path
     field, within = f"task.{split}", Path(os.path.expanduser(path)) / name if isinstance(path, str) else Path(name)
     place = next((str(file) for file in (Path(os.path.expanduser(name)), within) if file.exists()), name)
     if not (Path(place).exists() or glob.has_magic(name) or Path(name).suffix.lower() in READERS):
         known = f"a split of {', '.join(listed(path))} ({', '.join(found)}), or " if found else ""
         raise UserError(field, name, f"{known}a file, a folder or a glob", f"change {field}")
-    there = sources_at(field, place, by_client)
+    there = sources_at(field, place, by_client, task.image is not None)
     return there.get(split) or [source for sources in there.values() for source in sources]
 
 
-def sources_at(field: str, place: str, by_client: bool = False) -> dict[str, list[Source]]:
+def sources_at(field: str, place: str, by_client: bool = False, images: bool = False) -> dict[str, list[Source]]:
     """The sources at a place: a file, a glob of files, a folder (of files, of images, or written by `save_to_disk`), or
     a hub id.
 
     Files of a folder are in the split that a word of their path names, as in train.csv, a/test.jsonl or
     dev-00000-of-00002.parquet, else in train; all of a glob are in train.  by_client: files belong to the client that
-    the first folder below the place, or else their own name names.
+    the first folder below the place, or else their own name names.  images: rows are images, so that plain text beside
+    them is not read.
     Raises UserError for `field` where there is nothing that can be read.
     """
     path = Path(os.path.expanduser(place))
     if path.is_dir():
-        return _of_folder(field, place, path, by_client)
+        return _of_folder(field, place, path, by_client, images)
     if path.is_file():
         named = split_of(Path(path.name))[1]  # north.csv; of north/train.csv the folder names the client
         return {"train": [_file(field, path, path.parent if named else path.parent.parent, by_client)]}
@@ -213,7 +213,7 @@ def _fixed(parts: Sequence[str]) -> list[str]:
     return fixed
 
 
-def _of_folder(field: str, place: str, folder: Path, by_client: bool) -> dict[str, list[Source]]:
+def _of_folder(field: str, place: str, folder: Path, by_client: bool, images: bool) -> dict[str, list[Source]]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         if by_client:
             allowed = "another kind than files for a saved data set, whose rows say no client by their place"
@@ -221,7 +221,9 @@ def _of_folder(field: str, place: str, folder: Path, by_client: bool) -> dict[st
         return _loaded(field, place, str(folder), saved=True)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _hidden(file.relative_to(folder))]
     rows = [file for file in files if file.suffix.lower() in READERS]
-    if any(file.suffix.lower() in _IMAGES for file in files) and all(file.stem == "metadata" for file in rows):
+    beside = [file for file in rows if file.stem != "metadata"]
+    texts = images and all(file.suffix.lower() == ".txt" for file in beside)  # names of the classes, notes
+    if any(file.suffix.lower() in _IMAGES for file in files) and (texts or not beside):
         return _of_images(field, place, folder, by_client)
     if not rows:
         allowed = f"a folder with data that can be loaded: files ending in {', '.join(READERS)}, or images"
@@ -246,17 +248,29 @@ def _hidden(path: Path) -> bool:
 
 
 def _of_images(field: str, place: str, folder: Path, by_client: bool) -> dict[str, list[Source]]:
-    """Images with the names of their folders as labels, as `datasets` reads them; by client: a folder for each."""
+    """Images with the names of their folders as labels, as `datasets` reads them; by client: a folder for each, which
+    may lie in one for its split."""
     if not by_client:
         return _loaded(field, place, str(folder), "imagefolder")
     found: dict[str, list[Source]] = {}
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not _hidden(Path(path.name))):
-        # A client may have images of one class alone, whose folder `datasets` would take for no label.
-        classed = any(path.is_dir() and not _hidden(Path(path.name)) for path in inner.iterdir())
-        options = {"drop_labels": False} if classed else {}
-        for split, parts in _loaded(field, str(inner), str(inner), "imagefolder", **options).items():
-            found.setdefault(split, []).extend(replace(part, client=inner.name) for part in parts)
+    for inner in _folders(folder):
+        outer, client = split_of(inner.relative_to(folder) / "_")
+        for own in [inner] if client else _folders(inner):
+            # A client may have images of one class alone, whose folder `datasets` would take for no label.
+            classed = bool(_folders(own))
+            if not client and not classed and not any(path.stem == "metadata" for path in own.iterdir()):
+                allowed = f"another kind than files where no folder names a client: {own} has images of one class"
+                advice = "put each client's images in a folder of its own, or deal them out by the label"
+                raise UserError("federation.partition.kind", "files", allowed, advice)
+            options = {"drop_labels": False} if classed else {}
+            for split, parts in _loaded(field, str(own), str(own), "imagefolder", **options).items():
+                whose = client or own.name
+                found.setdefault(outer or split, []).extend(replace(part, client=whose) for part in parts)
     return found
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not _hidden(Path(path.name)))
 
 
 def _of_hub(field: str, place: str) -> dict[str, list[Source]]:

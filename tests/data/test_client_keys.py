@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rayfed_sub.config.checks import check_rules
 from rayfed_sub.config.schema import Config, Federation, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.dataset import Dataset, load_dataset, load_pairs
+from rayfed_sub.models.image_processors import HubImageProcessor
 from rayfed_sub.models.tokenizers import ByteTokenizer
 from tests.helpers.pictures import drawn
 
@@ -102,6 +104,29 @@ def test_folders_of_images_by_client(tmp_path: Path, monkeypatch: pytest.MonkeyP
     task = Task(name="table", path=str(tmp_path / "set"), image="image", label="label")
     pairs = load_pairs(task, dealt(2, kind="files"))
     assert (Counter(pairs.keys), pairs.class_names) == ({"a": 4, "b": 6}, ("cross", "disc"))
+
+
+def test_folders_of_images_by_client_in_folders_of_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits are no clients: what lies in test is held out.  Text beside images is no row."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split, count in (("train", 3), ("test", 1)):
+        for client in ("north", "south"):
+            for kind in ("disc", "cross"):
+                folder = tmp_path / "set" / split / client / kind
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    drawn(kind, len(list(tmp_path.rglob("*.png")))).save(folder / f"{i}.png")
+    (tmp_path / "set" / "classes.txt").write_text("disc\ncross\n")
+    task = Task(name="table", path=str(tmp_path / "set"), image="image", label="label")
+    data = load_dataset(task, dealt(2, kind="files"), HubImageProcessor(8, (0.5,) * 3, (0.5,) * 3), 0)
+    assert held(data) == {"north": (6, 2), "south": (6, 2)}
+    for split in ("train", "test"):
+        shutil.copytree(tmp_path / "set" / split / "north", tmp_path / "bare" / split)
+    bare = task.model_copy(update={"path": str(tmp_path / "bare")})
+    with pytest.raises(
+        UserError, match=r"^federation\.partition\.kind: got 'files'; .*no folder names a client: .*cross"
+    ):
+        load_pairs(bare, dealt(2, kind="files"))
 
 
 @pytest.mark.parametrize("kind", ["leaf", "fedllm-bench"])
