@@ -149,8 +149,10 @@ def _spaced(text: str) -> str:
 
 def _rouge_l(predictions: Sequence[str], references: Sequence[str], tokenizer: _Words | None) -> float:
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    scorer = RougeScorer(["rougeL"], tokenizer=tokenizer)
+    # Without a tokenizer it logs a line by absl, which gives the root logger a handler for the rest of the process.
+    scorer = RougeScorer(["rougeL"], tokenizer=tokenizer or DefaultTokenizer(use_stemmer=False))
     pairs = zip(references, predictions, strict=True)
     return fmean(scorer.score(wanted, predicted)["rougeL"].fmeasure for wanted, predicted in pairs)
 

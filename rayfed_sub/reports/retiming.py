@@ -36,6 +36,9 @@ def retimed(run: Run, devices: Devices) -> pd.DataFrame:
     """
     if not waits_for_all(run.config):
         raise _by_the_clock(run)
+    if run.clients.empty and run.rounds["clients"].sum() > 0:
+        allowed, advice = "a run folder with clients.parquet, which has the bytes of each client", "restore that file"
+        raise UserError("RUN", str(run.folder), allowed, advice)
     config = with_devices(run.config, devices)
     by_token = any(device.tokens_per_second is not None for device in devices.classes.values())
     traced = any(one.trace is not None for one in (devices, run.config.devices))

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 
+from rayfed_sub.core.errors import RunError
 from rayfed_sub.runtime.front import front_of_this_process
 
 _OWN: list[bool] = []  # of a session that this process has started for itself, or its front
@@ -54,10 +55,11 @@ def ray_session(forks: str | None = None) -> Iterator[None]:
     cpus, started = os.cpu_count(), {} if forks is None else {"py_executable": forks}
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
     with our_signals(), _few_processes():
-        if front is None:
-            ray.init(address="local", num_cpus=cpus, runtime_env=started, **quiet)
-        else:
-            ray.init(address=front.address(), runtime_env=started, **quiet)
+        where = {"address": "local", "num_cpus": cpus} if front is None else {"address": front.address()}
+        try:
+            ray.init(**where, runtime_env=started, **quiet)
+        except Exception as error:  # Ray raises a bare one where its processes are too slow
+            raise RunError("start of Ray", str(error).partition("\n")[0] or type(error).__name__) from error
     _OWN.append(True)
     try:
         if front is None:

@@ -220,7 +220,11 @@ def summary_of(path: Path, config: Config, any_pack: bool = False) -> Summary | 
     old = check_config(path, config, any_pack)
     if not (path / "summary.json").exists() or is_longer(config, old):
         return None
-    entries = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    try:
+        entries = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        allowed, advice = "a whole file", "delete it: with --resume the run ends again from its last checkpoint"
+        raise UserError("--out", str(path / "summary.json"), allowed, advice) from error
     return Summary(**{**entries, "resumed": tuple(entries["resumed"])}, folder=str(path))
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import re
@@ -43,6 +44,13 @@ def test_rouge_l_by_hand() -> None:
     assert rouge_l(PREDICTIONS[:1], REFERENCES[:1]) == pytest.approx(2 * 4 / 12)
     assert rouge_l(PREDICTIONS[1:2], REFERENCES[1:2]) == pytest.approx(2 * 4 / 15)
     assert rouge_l(PREDICTIONS, REFERENCES) == pytest.approx((8 / 12 + 8 / 15 + 0 + 0) / 4)
+
+
+def test_rouge_l_leaves_the_root_logger_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler there would print every line of a caller's later runs in another form."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    assert rouge_l(["the cat"], ["the cat"]) == 1.0
+    assert logging.root.handlers == []
 
 
 def test_rouge_l_agrees_with_rouge_score_and_the_subsequence() -> None:

@@ -31,6 +31,14 @@ def test_run_with_devices_that_stay_is_told_again(tmp_path: Path) -> None:
     assert retimed(stayed, OTHERS)["round_ended"].max() == 3 * STEPS * 2.0
 
 
+def test_run_without_its_clients_is_not_told_again(tmp_path: Path) -> None:
+    """In no time, as it were."""
+    run = write_run(tmp_path / "run", rounds=3)
+    (run / "clients.parquet").unlink()
+    with pytest.raises(UserError, match=r"^RUN: got .*; allowed: a run folder with clients\.parquet"):
+        retimed(read_run(run), OTHERS)
+
+
 def test_run_s_own_trace_is_read_for_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retiming, "_of_rows", lambda config: ((), lambda client: 0.0))
     trace = tmp_path / "trace.csv"

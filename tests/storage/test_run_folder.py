@@ -342,6 +342,14 @@ def test_run_goes_on_for_more_rounds_where_nothing_depended_on_them(case: str, t
     assert summary_of(tmp_path, load_config(SETTINGS, overrides)) is not None  # nothing is lost
 
 
+def test_torn_summary_is_one_line(tmp_path: Path) -> None:
+    folder = create(Place(tmp_path), CONFIG)
+    folder.write_summary(summary(tmp_path))
+    (tmp_path / "summary.json").write_text('{"name": "to')
+    with pytest.raises(UserError, match=r"^--out: got '.*summary\.json'; allowed: a whole file; delete it"):
+        summary_of(tmp_path, CONFIG)
+
+
 def test_last_round_like_no_other_runs_again(tmp_path: Path) -> None:
     config = load_config(SETTINGS, ["diagnostics.every=4"])
     create(Place(tmp_path), config)
