@@ -25,7 +25,8 @@ class OwnModel:
       `attention_mask` (B, T) too) and returns logits (B, T, V), or (B, C), as a tensor or as the attribute `logits`.
       Tasks and scores are those of a configuration, whether the rows come from files or from `data`.
     - with `loss`, and `batch` where torch's `default_collate` will not do: the rows of `data` are whatever `batch`
-      takes.  The score is `held_out_loss`, the mean of `loss` over held-out rows, and what `measure` returns.
+      takes.  The score is `held_out_loss`, the mean of `loss` over held-out rows, and what `measure` returns; batches
+      of which it returns NaN do not count in the mean.
 
     module: any torch.nn.Module with initialised tensors, float32 or bfloat16; it is left as it is.  Trained are the
     plain linear layers (nn.Linear, transformers' Conv1D) whose names the regular expression `model.targets` finds, by

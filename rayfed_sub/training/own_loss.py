@@ -5,6 +5,7 @@ A pass has one client, so that all of a layer's tokens are that client's, whatev
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def trained_loss(model: nn.Module, batch: OwnBatch) -> Tensor:
 
 @torch.no_grad()
 def own_scores(model: nn.Module, batch: OwnBatch) -> BatchScores:
-    """The scores of a held-out batch, under the bound global model.  Raises OwnCodeError."""
+    """The scores of a held-out batch, under the bound global model; NaN of `measure` is none.  Raises OwnCodeError."""
     means = {LOSS: own_loss(model, batch).item()}
     measure = vars(model)["own_measure"]
     if measure is None:
@@ -102,7 +103,7 @@ def own_scores(model: nn.Module, batch: OwnBatch) -> BatchScores:
         raise OwnCodeError(f"measure returns no mapping of names to numbers: {error}") from None
     if LOSS in own:
         raise OwnCodeError(f"measure returns {LOSS}, which is the loss")
-    return BatchScores(batch.rows, {**means, **own})
+    return BatchScores(batch.rows, {**means, **{name: value for name, value in own.items() if not math.isnan(value)}})
 
 
 def _called(name: str, function: Callable[..., Any], model: nn.Module, batch: OwnBatch) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -115,6 +116,19 @@ def test_own_module_learns_and_stays_as_it_was(tmp_path: Path) -> None:
     assert module.training
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in before.items())
     assert (done.rows["train"], done.rows["held_out"], done.split) == (84, 9, "held-out share")
+
+
+def test_score_that_is_not_defined_is_none(tmp_path: Path) -> None:
+    """As correlations are: NaN would be no JSON."""
+    found = run(
+        config("federation.rounds=1"),
+        tmp_path / "run",
+        data=DATA,
+        model=model(measure=lambda module, batch: {"never": float("nan"), "rows": float(len(batch[1]))}),
+    )
+    assert "never" not in found.metrics
+    assert found.metrics["rows"] > 0
+    json.loads((tmp_path / "run" / "summary.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_exported_state_dict_loads_into_the_module(
