@@ -20,6 +20,14 @@ from rayfed_sub.sweeps.space import COSTS
 from rayfed_sub.sweeps.sweep_figures import SPENDING, against, heat_map, parallel, points, spends
 from rayfed_sub.sweeps.trial_costs import costs_section
 
+_MEGABYTES = {
+    "uplink_bytes": "up (MB)",
+    "downlink_bytes": "down (MB)",
+    "sent_bytes": "sent (MB)",
+    "wasted_bytes": "wasted (MB)",
+}
+"""Heads of the columns of bytes."""
+
 
 def write_report(
     frame: pd.DataFrame,
@@ -139,7 +147,7 @@ def _table(table: SweepTable, ranked: pd.DataFrame) -> Table:
     first = ["trial", *table.heads, "status", "rounds", *([table.metric] if table.metric in ranked else [])]
     hidden = {"weights_sha256", "folder", "failure"}
     columns = [*first, *(name for name in ranked.columns if name not in {*first, *hidden})]
-    heads = {**table.heads, "uplink_bytes": "up (MB)", "downlink_bytes": "down (MB)"}
+    heads = {**table.heads, **_MEGABYTES}
     rows = [[_cell(name, row[name]) for name in columns] for row in ranked.to_dict("records")]
     caption = "All trials, best first; their weights' sums and folders are in trials.parquet."
     return Table(caption, [heads.get(name, name) for name in columns], rows)
@@ -150,8 +158,8 @@ def _cell(column: str, value: Any) -> Cell | str:
         return value
     if pd.isna(value):
         return Cell("-", None)
-    if column.endswith("_bytes"):
-        return Cell(f"{value / 1e6:,.2f}", value)
+    if column in _MEGABYTES:
+        return Cell(text.megabytes(value).removesuffix(" MB"), value)
     # Metrics keep their digits, which differ between trials; a key's values are few and round.
     metric = isinstance(value, float) and "." not in column
     return Cell(score(value) if metric else format_value(value), value if math.isfinite(value) else None)

@@ -290,8 +290,20 @@ def test_one_trial() -> None:
 def test_table_sorts_by_numbers_and_shows_other_values() -> None:
     frame = trials({RANK: 16, "held_out_loss": 2.0, "x": None}, {RANK: 2, "held_out_loss": math.nan, "x": None})
     frame["uplink_bytes"] = pd.array([1_500_000, None], dtype="Int64")
+    frame["wasted_bytes"] = [640.0, math.nan]
     table = report(frame, (RANK,))["Trials"][0]
-    assert table.columns == ["trial", "rank", "status", "rounds", "held_out_loss", "up (MB)", "down (MB)", "x"]
+    assert table.columns == [
+        "trial",
+        "rank",
+        "status",
+        "rounds",
+        "held_out_loss",
+        "up (MB)",
+        "down (MB)",
+        "x",
+        "wasted (MB)",
+    ]
+    assert table.rows[0][-1] == Cell("0.00064", 640.0)
     cell = Cell("-", None)
     assert table.rows[0][:6] == [
         Cell("0", 0),
@@ -299,7 +311,7 @@ def test_table_sorts_by_numbers_and_shows_other_values() -> None:
         "finished",
         Cell("4", 4),
         Cell("2.0000", 2.0),
-        Cell("1.50", 1_500_000),
+        Cell("1.5", 1_500_000),
     ]
     assert table.rows[1][4:6] == [cell, cell]
 
