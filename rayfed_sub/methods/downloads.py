@@ -9,7 +9,7 @@ round, whatever the method.
 
 from __future__ import annotations
 
-import math
+from bisect import bisect_left
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
@@ -65,23 +65,32 @@ def first_counted(method: Method, server: ServerState, since: int, down: int, st
 
 
 def dense_traffic(
-    exchanges: Iterable[tuple[int, int, bool]], trained: Collection[int], dense: int, *, private: bool, start: int = 0
+    exchanges: Iterable[tuple[int, int, float, float]],
+    trained: Collection[int],
+    dense: int,
+    *,
+    private: bool,
+    start: int = 0,
 ) -> tuple[int, int]:
     """Bytes up and down of dense FedAvg with the same clients, by the same rule.
 
-    exchanges: client, finished rounds of the server that it began from, and whether it sent an update; trained: rounds
-    in which the server took an update; dense: bytes of what FedAvg trains; private: noise moves the server in every
-    round; start: bytes of model.start_from, which every client downloads once.
+    exchanges: client, finished rounds of the server that it began from, and the shares of its upload and of its
+    download that crossed; trained: rounds in which the server took an update; dense: bytes of what FedAvg trains;
+    private: noise moves the server in every round; start: bytes of model.start_from, which every client downloads once.
 
-    >>> dense_traffic([(0, 0, True), (1, 0, False), (0, 1, True)], {0}, 100, private=False)  # client 1 failed
+    >>> dense_traffic([(0, 0, 1, 1), (1, 0, 0, 1), (0, 1, 1, 1)], {0}, 100, private=False)  # client 1 failed
     (200, 100)
-    >>> dense_traffic([(0, 0, False), (0, 1, True)], set(), 100, private=False)  # nothing was learned in round 0
+    >>> dense_traffic([(0, 0, 0, 1), (0, 1, 1, 1)], set(), 100, private=False)  # nothing was learned in round 0
     (100, 0)
+    >>> dense_traffic([(1, 1, 0, 0.2), (1, 1, 0.5, 1)], {0}, 100, private=False)  # cut off, then it begins anew
+    (50, 120)
     """
-    first = 0 if private else min(trained, default=math.inf)
-    sent, downloads, held = 0, 0, dict[int, int]()
-    for client, version, sends in exchanges:
-        sent += sends
-        downloads += version > max(first, held.get(client, -1))  # who begins twice from one version has it already
-        held[client] = version
-    return sent * dense, downloads * dense + len(held) * start
+    moves, up, down, held = sorted(trained), 0, 0, dict[int, int]()
+    for client, version, sent, received in exchanges:
+        earlier = bisect_left(moves, version)
+        moved = version if private else moves[earlier - 1] + 1 if earlier else 0  # the server is as after so many
+        lacks = dense * (0 < moved > held.get(client, -1)) + start * (client not in held)
+        up, down = up + round(sent * dense), down + round(received * lacks)
+        if received == 1:
+            held[client] = version
+    return up, down

@@ -17,10 +17,12 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import compute
 
 from rayfed_sub.clock.accounts import account
+from rayfed_sub.clock.fleet import Floats
 from rayfed_sub.config.loading import stored_config, yaml_text
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
@@ -34,6 +36,7 @@ from rayfed_sub.storage.table_parts import KINDS, Table, table
 from rayfed_sub.telemetry.events import Beginning, Decided, RoundDone, Summary
 
 _OPTIONAL = ("answers", "timeline")  # tables that are there only where they have rows
+_TIMES = ("began", "download_seconds", "compute_seconds", "upload_seconds", "ended")
 
 
 class RunFolder:
@@ -128,9 +131,10 @@ class RunFolder:
         """The answers of the initial model, then those of the trained one; none where nothing is answered."""
         return [AnswerRow(**row) for row in self._all("answers").to_pylist()]
 
-    def exchanges(self) -> Iterator[tuple[int, int, bool]]:
-        """Client, finished rounds of the server that it began from, and whether it sent an update or a part of one, of
-        everybody who began, those included whose update did not count; a client's in the order of the rounds."""
+    def exchanges(self) -> Iterator[tuple[int, int, float, float]]:
+        """Client, finished rounds of the server that it began from, and the shares of its upload and of its download
+        that crossed, of everybody who began, those included whose update did not count; a client's in the order of the
+        rounds."""
         found = self._all("timeline", _begun)
         for batch in (found if found.num_rows else self._all("clients", _trained)).to_batches():
             yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
@@ -302,13 +306,23 @@ def finished(path: Path) -> Config:
 
 def _begun(timeline: pa.Table) -> pa.Table:
     """The exchanges of a timeline, see `RunFolder.exchanges`."""
-    sent = compute.greater(timeline["uplink_bytes"], 0)
-    return timeline.select(["client", "version"]).append_column("sent", sent)
+    began, download, work, upload, ended = (timeline[name].to_numpy() for name in _TIMES)
+    sent = _crossed(began + download + work, upload, ended) * (timeline["outcome"].to_numpy() != "failed")
+    exchanges = timeline.select(["client", "version"]).append_column("sent", pa.array(sent))
+    return exchanges.append_column("received", pa.array(_crossed(began, download, ended)))
+
+
+def _crossed(began: Floats, seconds: Floats, ended: Floats) -> Floats:
+    """The shares of transfers that had crossed when they ended; exactly 1 where all had."""
+    whole = ended >= began + seconds  # as `Flight` adds them up
+    return np.where(whole, 1.0, np.maximum(ended - began, 0.0) / np.where(seconds > 0, seconds, 1.0))
 
 
 def _trained(clients: pa.Table) -> pa.Table:
     """The exchanges of a table of clients whose rounds waited for everybody."""
-    return clients.select(["client", "round"]).append_column("sent", compute.is_null(clients["failure"]))
+    sent = compute.cast(compute.is_null(clients["failure"]), pa.float64())
+    exchanges = clients.select(["client", "round"]).append_column("sent", sent)
+    return exchanges.append_column("received", pa.array(np.ones(clients.num_rows)))
 
 
 def _line(event: str, entry: Mapping[str, Any]) -> str:

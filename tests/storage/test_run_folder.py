@@ -214,11 +214,27 @@ def test_exchanges_are_those_of_the_timeline_where_there_is_one(tmp_path: Path) 
     failed = replace(client_row(0, 5), uplink_bytes=0, failure="NaN")
     folder.add(replace(done(0, None, 1), client_rows=(client_row(0, 1), failed)))
     folder.add(done(1, None))
-    assert (list(folder.exchanges()), folder.trained_rounds()) == ([(1, 0, True), (5, 0, False)], {0})
+    assert (list(folder.exchanges()), folder.trained_rounds()) == ([(1, 0, 1, 1), (5, 0, 0, 1)], {0})
     late = TimelineRow(2, 1, "a", 1, 0.0, 1.0, 2.0, 1.0, 4.0, 4.0, 0.0, "late", 200, 40, 4.0, 9.0, None)
-    gone = replace(late, client=3, version=0, outcome="offline", uplink_bytes=0)
-    folder.add(replace(done(2, None, 1), timeline=(late, gone)))
-    assert (list(folder.exchanges()), folder.trained_rounds()) == ([(1, 1, True), (3, 0, False)], {0, 2})
+    gone = replace(late, client=3, version=0, outcome="offline", uplink_bytes=0, ended=0.25)
+    failed = replace(late, client=4, outcome="failed", uplink_bytes=0, upload_seconds=0.0, ended=3.0)
+    folder.add(replace(done(2, None, 1), timeline=(late, gone, failed)))
+    exchanges = [(1, 1, 1, 1), (3, 0, 0, 0.25), (4, 1, 0, 1)]
+    assert (list(folder.exchanges()), folder.trained_rounds()) == (exchanges, {0, 2})
+
+
+def test_dense_fedavg_pays_for_what_crossed(tmp_path: Path) -> None:
+    """Transfers of 1 s down, 2 s of work, 4 s up, given up after 4 s, and after 0.25 s: of dense FedAvg as well a
+    quarter crosses.  The cut-off download comes again as a whole, since its client lacks it."""
+    folder = create(Place(tmp_path), CONFIG)
+    folder.begin(BEGINNING)
+    late = TimelineRow(1, 1, "a", 1, 10.0, 1.0, 2.0, 4.0, 14.0, 14.0, 0.0, "late", 200, 10, 4.0, 9.0, None)
+    gone = replace(late, client=3, outcome="offline", downlink_bytes=50, uplink_bytes=0, upload_seconds=0.0)
+    again = [replace(gone, ended=10.25), replace(gone, round=2, ended=12.0), replace(gone, round=3, ended=12.0)]
+    folder.add(done(0, None, 1))
+    folder.add(replace(done(1, None), timeline=(late, *again)))
+    assert list(folder.exchanges()) == [(1, 1, 0.25, 1), (3, 1, 0, 0.25), (3, 1, 0, 1), (3, 1, 0, 1)]
+    assert dense_traffic(folder.exchanges(), folder.trained_rounds(), 1000, private=False) == (250, 1000 + 250 + 1000)
 
 
 def test_exchanges_of_many_parts_are_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +246,7 @@ def test_exchanges_of_many_parts_are_in_order(tmp_path: Path, monkeypatch: pytes
         folder.add(done(n, None, 1, 2))
         folder.write_tables()
     assert len(list((tmp_path / "clients.parquet").iterdir())) > 1
-    assert list(folder.exchanges()) == [(client, n, True) for n in range(5) for client in (1, 2)]
+    assert list(folder.exchanges()) == [(client, n, 1, 1) for n in range(5) for client in (1, 2)]
     assert dense_traffic(folder.exchanges(), folder.trained_rounds(), 100, private=False) == (1000, 800)
 
 
