@@ -20,7 +20,7 @@ def show(run: Run, found: Mapping[str, Any], target: tuple[str, float] | None, c
     rows = [("all", "", clock(found["seconds"]), *_shares(found))]
     for name, of_class in found["classes"].items():
         rows.append((name, f"{of_class['participation']:.0%}", "", *_shares(of_class)))
-    columns = ("devices", "of all updates", "simulated time", "idle", "wasted", "energy")
+    columns = ("devices", "of all updates", "simulated time", "counted", "idle", "wasted", "energy")
     print_table(columns, rows, console)
     if target is None:
         return
@@ -31,9 +31,10 @@ def show(run: Run, found: Mapping[str, Any], target: tuple[str, float] | None, c
     print_table(("target", "cost"), [(f"{metric}={value:g}", f"{reached}{energy}")], console)
 
 
-def _shares(found: Mapping[str, Any]) -> tuple[str, str, str]:
+def _shares(found: Mapping[str, Any]) -> tuple[str, str, str, str]:
     joules = "-" if found["joules"] is None else f"{found['joules'] / 1000:.3g} kJ"
-    return f"{found['idle_share']:.0%}", f"{size(found['wasted_bytes'])}, {found['wasted_share']:.0%}", joules
+    counted, idle = f"{found['counted_share']:.0%}", f"{found['idle_share']:.0%}"
+    return counted, idle, f"{size(found['wasted_bytes'])}, {found['wasted_share']:.0%}", joules
 
 
 def target_of(run: Run, text: str) -> tuple[str, float]:

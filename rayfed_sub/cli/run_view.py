@@ -308,10 +308,16 @@ def _privacy(spent: Mapping[str, Any]) -> str:
 
 
 def _simulated(found: Mapping[str, Any]) -> str:
-    """The account of the virtual clock as text."""
+    """The account of the virtual clock as text.
+
+    >>> shares = {"counted_share": 0.75, "idle_share": 0.5, "wasted_bytes": 1500, "joules": None}
+    >>> _simulated({"seconds": 3675.0, **shares})
+    "1:01:15, 75% of clients' rounds counted, idle for 50%, 1.5 kB wasted"
+    """
     energy = "" if found["joules"] is None else f", {found['joules'] / 1000:.3g} kJ"
     wasted = f"{size(found['wasted_bytes'])} wasted"
-    return f"{clock(found['seconds'])}, clients idle for {found['idle_share']:.0%}, {wasted}{energy}"
+    counted = f"{found['counted_share']:.0%} of clients' rounds counted"
+    return f"{clock(found['seconds'])}, {counted}, idle for {found['idle_share']:.0%}, {wasted}{energy}"
 
 
 def _rank(rank: float | None) -> str:

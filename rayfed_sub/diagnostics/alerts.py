@@ -38,6 +38,7 @@ _MEMORY = 1.2  # times the planned memory: plans are right within a fifth; and t
 _GROWING = 6  # rounds in a row in which memory grows; caches and heaps settle within the first two or three
 _SKIPPED = 0.1  # share of clients' rounds: with more, the mean is one over other data
 _FEW = 3  # failures or retries that may be accidents
+_LOST = 3  # rounds without any update, and more than half of all: one or two may be an unlucky draw
 
 BY_METHOD = ("cross term", "truncation", "full rank", "gradients")
 """Rules for methods that name them (`alerts` in `methods/protocol.py`); all other rules hold for every method."""
@@ -89,6 +90,7 @@ def alerts(
     method = str(config.method["name"])
     rules, diagnosed = _rules_of(method), _newest(layers)
     found = [
+        *_dropped(rounds, config),
         *_losses(rounds, config, before),
         *_drift(rounds, diagnosed, config),
         *(_cross_term(diagnosed, method) if "cross term" in rules else ()),
@@ -108,10 +110,34 @@ def _rules_of(method: str) -> frozenset[str]:
     return rules
 
 
+def _dropped(rounds: Sequence[Round], config: Config) -> Iterator[Alert]:
+    """Rounds whose clients were all dropped, those aside that failed."""
+    lost = sum(row.clients > row.failed and _number(row.loss) is None for row in rounds)
+    if not config.devices.classes or lost < _LOST or 2 * lost <= len(rounds):
+        return
+    federation, devices = config.federation, config.devices
+    deadline, classes = federation.round_deadline, devices.classes.values()
+    if devices.trace is not None:
+        hours = ["lengthen the hours in devices.trace"]
+    else:
+        hours = ["lengthen the hours of devices.classes"] if any(device.hours for device in classes) else []
+    keys = [
+        *([] if deadline is None else [f"raise federation.round_deadline={deadline:g}"]),
+        *hours,
+        *(["lower the dropout of devices.classes"] if any(device.dropout for device in classes) else []),
+        f"lower federation.{'local_steps' if federation.local_seconds is None else 'local_seconds'}",
+    ]
+    yield Alert(
+        "dropped clients",
+        f"in {lost} of {len(rounds)} rounds no update counted: clients do not end in time, or leave (timeline.parquet "
+        f"says which); {' or '.join(keys)}",
+    )
+
+
 def _losses(rounds: Sequence[Round], config: Config, before: float | None) -> Iterator[Alert]:
-    """Divergence, or no progress."""
+    """Divergence, or no progress; neither where nobody's training has a loss."""
     judged = _judged(rounds, config)
-    if len(judged) < _JUDGED:
+    if len(judged) < _JUDGED or all(_number(row.loss) is None for row in rounds):
         return
     untrained = _number(before)
     first = judged[0][1] if untrained is None else untrained

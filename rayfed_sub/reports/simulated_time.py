@@ -61,12 +61,13 @@ def _totals(runs: Runs) -> Table:
     return Table("Simulated time, and what of it and of the bytes was of no use.", heads, rows)
 
 
-_SHARES = ("idle (%)", "wasted (MB)", "wasted bytes (%)", "wasted time (h)", "energy (kJ)")
+_SHARES = ("rounds that counted (%)", "idle (%)", "wasted (MB)", "wasted bytes (%)", "wasted time (h)", "energy (kJ)")
 
 
 def _shares(found: dict[str, Any]) -> list[Cell]:
     joules = found["joules"]
     return [
+        cell(100 * found["counted_share"]),
         cell(100 * found["idle_share"]),
         cell(found["wasted_bytes"] / 1e6),
         cell(100 * found["wasted_share"]),

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rayfed_sub.config.schema import Config
+from rayfed_sub.config.schema import Config, Device, Devices, Federation
 from rayfed_sub.core.schemas import ClientLayer, CohortLayer, RoundRow
 from rayfed_sub.diagnostics.alerts import BY_METHOD, Alert, alerts
 from rayfed_sub.methods import METHODS, class_of
@@ -71,6 +71,7 @@ def clients(energy: float | None, diagnosed: int = 3) -> list[ClientLayer]:
     ]
 
 
+PHONE = Device(seconds_per_step=1.0)
 FALLING: list[float | None] = [3.6, 3.4, 3.3, 3.2, 3.1, 3.05]
 STILL: list[float | None] = [3.0, 2.9, 2.895, 2.9, 2.899, 2.897]
 
@@ -293,6 +294,27 @@ def test_skipped_clients() -> None:
     assert "optimizer.lr=0.5" in text
     assert alerts(rounds(FALLING, failed=[1, 1, 1, 1, 0, 0]), [], [], config()) == []
     assert alerts(rounds([3.0, 2.9], failed=[2, 1]), [], [], config()) == []  # too few
+
+
+def test_rounds_without_any_update() -> None:
+    """Nobody trained, so nothing is said of the steps' lengths.  A round whose clients all failed is another alert's,
+    as are rounds in which some updates counted."""
+    still: list[float | None] = [3.0] * 4
+    clocked = {"federation": Federation(round_deadline=2.5), "devices": Devices(classes={"phone": PHONE})}
+    late = config().model_copy(update=clocked)
+    text = only(alerts(rounds(still, [None] * 4), [], [], late), "dropped clients")
+    assert text.startswith("in 4 of 4 rounds no update counted")
+    assert text.endswith("; raise federation.round_deadline=2.5 or lower federation.local_steps")
+    gone = PHONE.model_copy(update={"hours": ((0.0, 1.0),), "dropout": 0.5})
+    leaving = config().model_copy(update={"devices": Devices(classes={"phone": gone})})
+    text = only(alerts(rounds(FALLING, [None, 3.0, None, None, None, 3.0]), [], [], leaving), "dropped clients")
+    assert text.endswith(
+        "; lengthen the hours of devices.classes or lower the dropout of devices.classes or lower "
+        "federation.local_steps"
+    )
+    assert alerts(rounds(FALLING, [None, 3.0, None, None, 3.0, 3.0]), [], [], leaving) == []  # half of them
+    assert alerts(rounds(still[:2], [None] * 2), [], [], late) == []  # too few
+    assert names(alerts(rounds(still, [None] * 4, failed=8), [], [], late)) == ["skipped clients"]
 
 
 def test_retries() -> None:

@@ -498,6 +498,7 @@ def test_class_that_never_took_part_is_told_with_its_scores(tmp_path: Path) -> N
     (found,) = (part for part in section.parts if isinstance(part, Table) and part.columns[1] == "devices")
     assert texts(found, "devices") == ["fast", "slow"]
     assert (texts(found, "clients"), texts(found, "of all updates (%)")) == (["1", "0"], ["100", "0"])
+    assert texts(found, "rounds that counted (%)") == ["100", "0"]
     assert found.rows[1][found.columns.index("held-out loss")] == cell(run.of_clients.loc[slow, "held_out_loss"].mean())
     assert told(run)["classes"]["slow"]["participation"] == 0
     devices = run.config.devices.model_copy(update={"trace": "gone.csv"})
