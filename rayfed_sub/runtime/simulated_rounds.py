@@ -184,7 +184,7 @@ class SimulatedRounds:
                 if event is None and opens == math.inf and step.failed and step.buffer:
                     break  # clients that failed leave the buffer short: nobody else is there to fill it
                 if event is None and opens == math.inf:
-                    raise RunError("simulated time", "no client is left that could become available", round=n)
+                    raise _starved(n, step, "no client is left that could become available")
                 step.now = opens if event is None else step.now
             if isinstance(event, Untrained):
                 yield from self._train(event.clients, train, step)
@@ -192,7 +192,7 @@ class SimulatedRounds:
                 step.end(event)
             if step.now > step.filled_at + _DRY_DAYS * DAY:
                 cause = f"no update in {_DRY_DAYS} simulated days, {len(step.buffer)} of {wanted} before"
-                raise RunError("simulated time", f"{cause}; devices are too slow, or too seldom there", round=n)
+                raise _starved(n, step, cause)
         # The next version of the server takes the place of the one that these begin from.
         yield from self._train(list(step.waiting), train, step)
         return self._stepped(n, state.server.tensors, step)
@@ -306,6 +306,17 @@ class SimulatedRounds:
         if client not in self._works:
             self._works[client] = packs.round_work(self._config, self._dataset, client)
         return self._works[client]
+
+
+def _starved(n: int, step: _Step, cause: str) -> RunError:
+    """The end of a run whose step gets too few updates; from its checkpoint it would end in the same way."""
+    advice = "devices are too slow, or too seldom there: lower federation.local_steps, or lengthen their hours"
+    if step.failed:
+        client = min(flight.client for flight in step.failed)
+        failure = step.landings[client].update.failure
+        cause = f"{cause}: {len(step.failed)} failed in this step, client {client} with {failure}"
+        advice = "lower optimizer.lr, or look at their data"
+    return RunError("simulated time", f"{cause}; {advice}, and begin anew in another folder", round=n, resume=None)
 
 
 def _settled(landing: Landing) -> Landing:

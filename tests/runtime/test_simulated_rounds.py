@@ -328,5 +328,13 @@ def test_ten_thousand_clients_work_within_their_hours(rounds: Callable[..., Roun
 
 def test_run_without_an_end_of_its_round_stops(rounds: Callable[..., Rounds]) -> None:
     hours = "client,device,from,to\n0,slow,0,0.001\n1,slow,0,0.001\n2,slow,0,0.001\n"
-    with pytest.raises(RunError, match="no update in 30 simulated days, 0 of 1 before; devices are too slow"):
+    with pytest.raises(RunError, match="no update in 30 simulated days, 0 of 1 before; devices are too slow") as short:
         rounds({"mode": "async", "asynchronous": {"buffer": 1}}, hours=hours).step()
+    assert short.value.resume is None  # it would end in the same way
+
+
+def test_run_whose_clients_all_fail_names_their_failure(rounds: Callable[..., Rounds]) -> None:
+    cause = "available: 3 failed in this step, client 0 with NaN; lower optimizer.lr, or look at their data, and begin"
+    with pytest.raises(RunError, match=cause) as failed:
+        rounds({"mode": "async", "asynchronous": {"buffer": 1}}, failing=[0, 1, 2]).step()
+    assert failed.value.resume is None
