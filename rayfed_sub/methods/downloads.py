@@ -13,6 +13,8 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
+import torch
+
 from rayfed_sub.core.types import Client, ModelShape, ServerState, Tensors, wire_bytes
 from rayfed_sub.methods.hooked import hook_of
 from rayfed_sub.methods.hooks import moves_server
@@ -43,6 +45,13 @@ def downloaded(
         return first
     counted = method.download_bytes(server, shape, client, since)
     return first + (mixed_bytes(method.broadcast(server).tensors, shape, counted) if mixed else counted)
+
+
+def unchanged(method: Method, before: ServerState, after: ServerState) -> bool:
+    """True where clients read the same of both, as of two servers between which no update counted, most of the time:
+    who holds the one holds the other."""
+    old, new = (method.broadcast(server).tensors for server in (before, after))
+    return old.keys() == new.keys() and all(x is new[name] or torch.equal(x, new[name]) for name, x in old.items())
 
 
 def mixes(method: Method, rule: Server, privacy: Privacy) -> bool:

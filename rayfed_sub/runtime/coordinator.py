@@ -43,7 +43,7 @@ from rayfed_sub.diagnostics.server_change import ServerChange, server_changes
 from rayfed_sub.evaluation.named_metrics import MetricError, metrics_of
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods import METHODS
-from rayfed_sub.methods.downloads import downloaded, mixes
+from rayfed_sub.methods.downloads import downloaded, mixes, unchanged
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.methods.server_optimizers import Noise, advance
 from rayfed_sub.methods.stale_updates import sent_values
@@ -236,7 +236,8 @@ class Coordinator:
         factor, noise = self._rule(n, sums.metrics.rows, sums.total.weight, lr_factor)
         after, memory = advance(config.server, before, after, current.memory, factor * sums.factor, noise)
         _check_finite(after, n)
-        if not self._store.commit(after, memory, sums.trained, sums.clock, sums.landings, sums.received):
+        still = not sums.trained and unchanged(method, before, after)
+        if not self._store.commit(after, memory, sums.trained, sums.clock, sums.landings, sums.received, still=still):
             return None
         seconds = time.perf_counter() - began
         changes = self._server_changes(before, sums.ranks, due)

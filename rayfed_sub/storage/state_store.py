@@ -30,8 +30,8 @@ _RULE = "server/"  # prefix of the server optimiser's tensors in a checkpoint
 class RoundState:
     """State after a finished round, replaced as one.  memory: the server optimiser's tensors; states: client -> round
     for which its stored state is, for clients that have trained; clock: of a run with devices; landings: client -> the
-    result of its flight, for clients under way; received: client -> the finished rounds of the last broadcast that it
-    got, for clients that have got one since the round of their state, but not trained to an end."""
+    result of its flight, for clients under way; received: client -> the finished rounds of the server that it holds,
+    for clients that have got a broadcast since the round of their state, but not trained to an end."""
 
     server: ServerState
     memory: Tensors = field(default_factory=dict)
@@ -116,10 +116,13 @@ class StateStore:
         clock: Clock | None = None,
         landings: Mapping[int, Landing] | None = None,
         received: Mapping[int, int] | None = None,
+        *,
+        still: bool = False,
     ) -> bool:
         """Makes the round the current one; does nothing and returns False after `halt`.
 
         clock, landings: as in `RoundState`.  received: of the round alone, by clients that did not train to an end.
+        still: clients read the same of this server as of the last one, so that who holds that one holds this one.
         trained: keys of the added states that belong to the round.  The states that they replace are dropped, except
         for the files that a checkpoint names, or will name.
         """
@@ -129,6 +132,9 @@ class StateStore:
             whole = ServerState(server.round, settled(server.tensors))
             states = {**self.current.states, **dict(trained)}
             held = {**self.current.received, **(received or {})}
+            if still:
+                last = self.current.server.round
+                held = {client: server.round if round == last else round for client, round in held.items()}
             held = {client: round for client, round in held.items() if round >= states.get(client, 0)}
             new = RoundState(whole, settled(memory), states, clock, landings or {}, held)
             pinned = frozenset() if self._pinned is None else self._pinned.state.keys

@@ -294,6 +294,18 @@ def test_dropped_client_downloads_what_it_has_missed(tmp_path: Path) -> None:
     assert again
 
 
+def test_nobody_downloads_a_server_again_that_no_update_has_moved(tmp_path: Path) -> None:
+    """4 s of training in 5 s: round 1, with 2 s of download, counts nobody; in round 2 everybody has it.  By dense
+    FedAvg too each client sends twice what it downloads once."""
+    slow = {"one": {"seconds_per_step": 1.0, "down_mbit": 0.1}}
+    summary = run(job("federation.round_deadline=5", "federation.sampled=null", devices=slow), tmp_path / "run")
+    timeline = pd.read_parquet(f"{summary.folder}/timeline.parquet")
+    rounds = [rows for _, rows in timeline.groupby("round")]
+    assert [set(rows["outcome"]) for rows in rounds] == [{"counted"}, {"late"}, {"counted"}]
+    assert [rows["downlink_bytes"].sum() for rows in rounds] == [0, summary.downlink_bytes, 0]
+    assert summary.dense_bytes == 2 * summary.dense_downlink_bytes > 0
+
+
 @pytest.mark.slow
 def test_longer_run_goes_on_with_the_clock(buffered: Summary, tmp_path: Path) -> None:
     shorter = [word.replace("rounds=6", "rounds=4") for word in ASYNC]

@@ -30,7 +30,7 @@ from rayfed_sub.core.types import (
     wire_bytes,
 )
 from rayfed_sub.methods import METHODS, build
-from rayfed_sub.methods.downloads import downloaded
+from rayfed_sub.methods.downloads import downloaded, unchanged
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.planning.traffic import traffic
 from tests.helpers.tiny_models import (
@@ -422,6 +422,8 @@ def test_tensors_that_follow_from_pretrained_weights_and_seed_are_not_downloaded
     assert downloaded(method, server, tiny.shape, new, -1, learned=False, mixed=mixed) == 0
     assert downloaded(method, still, tiny.shape, new, -1, learned=False, mixed=mixed) == 0
     after = walk(method, tiny, server, clients_data(tiny, 1), weights=[1]).server
+    assert unchanged(method, server, still) == (name != "fedsvd")  # which factorises anew after every round
+    assert not unchanged(method, server, after)
     head = sum(tiny.weights[key].numel() for key in tiny.shape.head_names)
     dense = mixed and any(f"{t.name}/weight" in method.broadcast(server).tensors for t in tiny.shape.targets)
     formula = (lambda m, n: m * n) if dense else FIRST[name]

@@ -127,6 +127,17 @@ def test_broadcasts_that_clients_got_are_kept_until_they_have_trained(tmp_path: 
         assert found.current.received == {2: 1}
 
 
+def test_who_holds_a_server_holds_the_next_one_where_nothing_has_changed(tmp_path: Path) -> None:
+    """Clients 1 and 2 got version 1, in the one round without updates and in the other; client 3 has version 0."""
+    store = state_store(tmp_path)
+    store.commit(server(1), {}, [store.add(0, state(0, 1))], received={3: 0})
+    store.commit(server(2), {}, [], received={1: 1}, still=True)
+    store.commit(server(3), {}, [], received={2: 2}, still=True)
+    assert [store.current.synchronised(client) for client in range(4)] == [0, 3, 3, 0]
+    store.commit(server(4), {}, [store.add(1, state(1, 4))])
+    assert [store.current.synchronised(client) for client in range(4)] == [0, 3, 3, 0]
+
+
 def check_best(folder: Path, cohorts: Sequence[Sequence[int]], rounds: int | None) -> None:
     """Check that the best checkpoint is that of `rounds` rounds, whole, and that no other is there."""
     found = checkpoints.read(folder, best=True)
