@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rayfed_sub.clock.device_presets import power_of
 from rayfed_sub.clock.timeline_rows import UNFINISHED
 
 if TYPE_CHECKING:  # runs without devices need none
     import pandas as pd
+
+    from rayfed_sub.config.schema import Device
 
 
 @dataclass(frozen=True)
@@ -26,21 +29,23 @@ class Cost:
     joules: float | None
 
 
-def account(timeline: pd.DataFrame, classes: Iterable[str] = ()) -> dict[str, Any]:
+def account(timeline: pd.DataFrame, classes: Mapping[str, Device] | None = None) -> dict[str, Any]:
     """Totals of a timeline (`TimelineRow`s) for summary.json, and the same of each class under `classes`.  classes: of
-    the clients, also those none of whose clients took part, which the timeline lacks.
+    the clients, by name, also those none of whose clients took part, which the timeline lacks.
 
     seconds: end of the last round.  idle_share: of the time from a client's start to the end of a synchronous round, or
     until it leaves.  counted_share: of the rounds that clients began and that have ended, those whose update counted.
     wasted_bytes, wasted_share, wasted_seconds: bytes, their share of all, and seconds of clients whose updates did not
-    count.  joules: None where no power is known.  Of a class also: clients that took part, their rounds, those that
-    counted, the share of all counted updates that is theirs (participation), and the mean staleness of these.
+    count.  joules: None where no power is known; 0 of a class whose power is, and whose clients took no part.  Of a
+    class also: clients that took part, their rounds, those that counted, the share of all counted updates that is
+    theirs (participation), and the mean staleness of these.
     """
     rows = _columns(timeline)
-    names = sorted({*rows["device"].tolist(), *classes})
+    known = {name: power_of(device) is not None for name, device in (classes or {}).items()}
+    names = sorted({*rows["device"].tolist(), *known})
     everybody = np.ones(len(timeline), np.bool_)
     seconds = float(rows["round_ended"].max()) if len(timeline) else 0.0
-    by_class = {str(name): _of_class(rows, rows["device"] == name) for name in names}
+    by_class = {str(name): _of_class(rows, rows["device"] == name, known.get(name, False)) for name in names}
     return {"seconds": seconds, **_totals(rows, everybody), "classes": by_class}
 
 
@@ -52,7 +57,7 @@ def _columns(timeline: pd.DataFrame) -> _Columns:
     return {str(name): timeline[name].to_numpy() for name in timeline.columns}
 
 
-def _of_class(rows: _Columns, own: NDArray[np.bool_]) -> dict[str, Any]:
+def _of_class(rows: _Columns, own: NDArray[np.bool_], known: bool) -> dict[str, Any]:
     counts = rows["outcome"] == "counted"
     counted, of_all = counts & own, int(counts.sum())
     updates = int(counted.sum())
@@ -62,11 +67,12 @@ def _of_class(rows: _Columns, own: NDArray[np.bool_]) -> dict[str, Any]:
         "counted": updates,
         "participation": updates / of_all if of_all else 0.0,
         "staleness": float((rows["round"] - rows["version"])[counted].mean()) if updates else 0.0,
-        **_totals(rows, own),
+        **_totals(rows, own, known),
     }
 
 
-def _totals(rows: _Columns, own: NDArray[np.bool_]) -> dict[str, Any]:
+def _totals(rows: _Columns, own: NDArray[np.bool_], known: bool = False) -> dict[str, Any]:
+    """known: whether a power is, if only of clients that took no part."""
     outcome, busy = rows["outcome"][own], (rows["ended"] - rows["began"])[own]
     wasted, ended = outcome != "counted", outcome != UNFINISHED
     sent, idle = _bytes(rows)[own], float(rows["idle_seconds"][own].sum())
@@ -78,7 +84,7 @@ def _totals(rows: _Columns, own: NDArray[np.bool_]) -> dict[str, Any]:
         "wasted_bytes": lost,
         "wasted_share": lost / int(sent.sum()) if sent.any() else 0.0,
         "wasted_seconds": float(busy[wasted].sum()),
-        "joules": None if np.isnan(joules).all() else float(np.nansum(joules)),
+        "joules": float(np.nansum(joules)) if known or not np.isnan(joules).all() else None,
     }
 
 

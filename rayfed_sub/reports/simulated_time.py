@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rayfed_sub.clock.accounts import Cost, account, best_within, cost_at, cost_to, costs
 from rayfed_sub.clock.fleet import fleet_of
+from rayfed_sub.config.schema import Device
 from rayfed_sub.core.text import LOWER, SCORES, number, score
 from rayfed_sub.reports.curves import AGAINST_BYTES, Axis, Curve, legend, overall, overlay, problem, shown_scores
 from rayfed_sub.reports.page import Cell, Figure, Section, Table, cell
@@ -84,7 +85,7 @@ def _classes(runs: Runs, metrics: Sequence[str]) -> Table:
     for name, run in runs.items():
         present, device_of = _devices_of(run)
         kinds = {*present, *(run.summary.get("simulated") or {}).get("classes", ())}
-        for kind, found in account(run.timeline, kinds)["classes"].items():
+        for kind, found in account(run.timeline, _named(run, kinds))["classes"].items():
             own = run.of_clients[run.of_clients.index.map(device_of) == kind]
             means = [float(own[metric].mean()) if metric in own and len(own) else None for metric in shown]
             stale = found["staleness"] if found["counted"] else None
@@ -105,6 +106,11 @@ def _devices_of(run: Run) -> tuple[list[str], Callable[[int], str | None]]:
         known = {int(client): str(device) for client, device in run.timeline[["client", "device"]].to_numpy()}
         return list(dict.fromkeys(known.values())), known.get
     return fleet.present, fleet.name_of
+
+
+def _named(run: Run, kinds: Iterable[str]) -> dict[str, Device]:
+    """The devices of these classes."""
+    return {kind: run.config.devices.classes[kind] for kind in kinds}
 
 
 _BUDGETS: tuple[tuple[str, float, Callable[[Cost], float]], ...] = (
@@ -173,4 +179,4 @@ def told(run: Run) -> dict[str, Any]:
         evaluations.append(
             {"rounds": int(rounds), "seconds": cost.seconds, "bytes": cost.bytes, "joules": cost.joules, **scores}
         )
-    return {**account(run.timeline, _devices_of(run)[0]), "evaluations": evaluations}
+    return {**account(run.timeline, _named(run, _devices_of(run)[0])), "evaluations": evaluations}

@@ -12,7 +12,7 @@ tables have every round of the newest checkpoint; later rounds are cut off when 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from pyarrow import compute
 from rayfed_sub.clock.accounts import account
 from rayfed_sub.clock.fleet import Floats
 from rayfed_sub.config.loading import stored_config, yaml_text
-from rayfed_sub.config.schema import Config
+from rayfed_sub.config.schema import Config, Device
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.schemas import AnswerRow, ClientLayer, CohortLayer, RoundRow, Score, ScoreRow, TimelineRow
 from rayfed_sub.evaluation.scores import overall
@@ -144,7 +144,7 @@ class RunFolder:
         taken = self._all("clients", lambda rows: rows.filter(compute.is_null(rows["failure"])).select(["round"]))
         return set(compute.unique(taken["round"]).to_pylist())
 
-    def simulated(self, classes: Iterable[str]) -> dict[str, Any] | None:
+    def simulated(self, classes: Mapping[str, Device]) -> dict[str, Any] | None:
         """The account of the timeline, by these classes of devices; None for a run without devices."""
         rows = self._all("timeline")
         return account(rows.to_pandas(), classes) if rows.num_rows else None

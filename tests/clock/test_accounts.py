@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from rayfed_sub.clock.accounts import Cost, account, best_within, cost_at, cost_to, costs
+from rayfed_sub.config.schema import Device
 from rayfed_sub.core.schemas import TimelineRow
 
 
@@ -55,11 +56,13 @@ def test_clients_under_way_at_the_end_count_in_the_last_round() -> None:
 
 
 def test_class_whose_clients_took_no_part_has_a_row() -> None:
-    found = account(TIMELINE, ["fast", "idle"])
-    assert list(found["classes"]) == ["fast", "idle", "slow"]
+    """It has used 0 J where its power is known."""
+    fast, preset = Device(seconds_per_step=1.0), Device(seconds_per_step=1.0, preset="a100")
+    found = account(TIMELINE, {"fast": fast, "idle": fast, "spare": preset})
+    assert list(found["classes"]) == ["fast", "idle", "slow", "spare"]
     idle = found["classes"]["idle"]
     assert {idle[name] for name in ("clients", "rounds", "counted", "participation", "staleness", "idle_share")} == {0}
-    assert idle["joules"] is None
+    assert (idle["joules"], found["classes"]["spare"]["joules"]) == (None, 0.0)
     assert {**found, "classes": None} == {**account(TIMELINE), "classes": None}
 
 
