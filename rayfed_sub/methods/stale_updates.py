@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import ModelShape
-from rayfed_sub.methods import METHODS, class_of
+from rayfed_sub.methods import METHODS, build, class_of
 from rayfed_sub.methods.hooked import unhooked
 from rayfed_sub.methods.protocol import Method
 
@@ -21,18 +21,22 @@ def sent_values(method: Method, shape: ModelShape) -> tuple[str, ...]:
     return found
 
 
+def _values(method: Method, shape: ModelShape) -> set[str]:
+    """Those of `sent_values` that are not the head's, which every method sends as values."""
+    return set(sent_values(method, shape)) - set(shape.head_names)
+
+
 def check_asynchronous(config: Config, method: Method, shape: ModelShape) -> None:
     """UserError where the method's updates are of no use to a server that has moved on."""
     if config.federation.mode != "async":
         return
-    fitting = [name for name in METHODS if hasattr(class_of(name), "sent_values")]
-    name = config.method["name"]
+    name, rule = config.method["name"], config.federation.asynchronous
     if not hasattr(unhooked(method), "sent_values"):
-        allowed = f"sync or semi-sync with method.name={name}, whose updates are in a basis of their round"
+        known = {one: build({"name": one}) for one in METHODS if hasattr(class_of(one), "sent_values")}
+        fitting = [one for one, other in known.items() if rule.rule == "fedbuff" or _values(other, shape)]
+        allowed = f"sync or semi-sync with method.name={name}, whose updates are for the server that clients began from"
         raise UserError("federation.mode", "async", allowed, f"or choose one of {', '.join(fitting)}")
-    values = set(sent_values(method, shape)) - set(shape.head_names)
-    rule = config.federation.asynchronous
-    if rule.rule == "fedasync" and not values:
+    if rule.rule == "fedasync" and not _values(method, shape):
         allowed = f"fedbuff with method.name={name}, whose clients send changes, not models to mix"
         advice = "set rule=fedbuff, buffer=1 and server.lr in place of mixing"
         raise UserError("federation.asynchronous.rule", "fedasync", allowed, advice)

@@ -229,11 +229,11 @@ def test_asynchronous_runs_have_one_hash(
     [
         (
             ["method={name: flexlora}", "server.optimizer=plain"],
-            "federation.mode: got 'async'; allowed: sync or semi-sync with method.name=flexlora, whose updates are in",
+            "federation.mode: got 'async'; allowed: sync or semi-sync with method.name=flexlora, whose updates are",
         ),
         (
             ["method={name: shared-galore}"],
-            "whose updates are in a basis of their round; or choose one of fedftg, fedavg",
+            "whose updates are for the server that clients began from; or choose one of fedftg, fedavg",
         ),
         (
             ["federation.asynchronous={rule: fedasync}"],

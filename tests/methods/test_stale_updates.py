@@ -19,6 +19,23 @@ def checked(rule: Asynchronous, memory: str) -> None:
     check_asynchronous(config, build(fields), SHAPE)
 
 
+@pytest.mark.parametrize(
+    ("rule", "changes"), [(Asynchronous(buffer=2), ["fedftg", "flora"]), (Asynchronous(rule="fedasync"), [])]
+)
+def test_methods_that_are_named_in_place_of_another_are_not_refused_themselves(
+    rule: Asynchronous, changes: list[str]
+) -> None:
+    """FedAsync mixes values: of those that send changes alone it refuses all."""
+    federation = Federation(mode="async", asynchronous=rule)
+    fields = {"name": "hetlora"}
+    with pytest.raises(UserError, match="for the server that clients began from; or choose one of") as caught:
+        check_asynchronous(Config(method=fields, federation=federation), build(fields), SHAPE)
+    named = caught.value.advice.removeprefix("or choose one of ").split(", ")
+    assert [name for name in named if name in ("fedftg", "flora")] == changes
+    for name in named:
+        check_asynchronous(Config(method={"name": name}, federation=federation), build({"name": name}), SHAPE)
+
+
 def test_moments_of_clients_that_come_one_by_one_have_no_average() -> None:
     """Every update would put its own moments in the place of the server's; the mean of a buffer is an average."""
     for how, rule in {
