@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from rayfed_sub.cli.data_view import cut
-from rayfed_sub.config.schema import StepRange
+from rayfed_sub.config.schema import Federation, StepRange
 from rayfed_sub.core.schemas import AnswerRow
 from rayfed_sub.core.text import (
     SCORES_OF,
@@ -34,8 +34,10 @@ from rayfed_sub.telemetry.events import Answered, Notice, PackDone, RoundDone, S
 
 _LISTED = 8
 """Most numbers of local steps that are listed."""
-_ROUND = "{:>7} {:>7}  {:>8}  {:>8} {:>8} {:>8} {:>8} {:>7} {:>7}"
-"""Widths of a round's columns, 78 characters in all."""
+_ROUND = "{:>{}} {:>7}  {:>8}  {:>8} {:>8} {:>8} {:>8} {:>7} {:>7}"
+"""Widths of a round's columns, 78 characters in all; 80 where the first needs 9."""
+_COUNTED = 10_000
+"""From so many rounds on the first column has a round's number without theirs."""
 
 _SCORES = (
     *("held_out_loss", "token_accuracy", "rouge_l", "rouge_l_unicode", "bleu_4", "bleu_4_unicode"),
@@ -118,19 +120,15 @@ class Display:
     def _started(self, record: Started) -> None:
         federation, method = record.config.federation, record.config.method_in_words
         self._rounds, self._began = federation.rounds or 0, time.monotonic()
-        cohort = federation.cohort
-        self._print(
-            f"{record.config.name}: {method}, {_rounds(self._rounds)} of {_steps(federation.local_steps)} local steps, "
-            f"{cohort:,} of {federation.clients:,} clients each; into {record.folder}"
-        )
+        self._print(f"{record.config.name}: {method}, {_extent(federation)}; into {record.folder}")
         titles = {"macro_f1": "macro F1", "micro_f1": "micro F1", "pearson": "Pearson"}
         self._problem = record.problem
         self._score = _headline(record.problem, record.metrics)
         title = titles.get(self._score, "accuracy")
         self._speed = "tokens/s" if "token_accuracy" in record.metrics else "rows/s"
-        self._print(_ROUND.format("round", "loss", "held-out", title, self._speed, "up", "down", "time", "left"), "dim")
+        self._line("round", "loss", "held-out", title, self._speed, "up", "down", "time", "left", style="dim")
         if not record.round:
-            self._print(_ROUND.format("before", "", *self._judged(record.metrics), *[""] * 5).rstrip())
+            self._line("before", "", *self._judged(record.metrics), *[""] * 5)
         self._first = record.round  # above 0 in a resumed run
         self._bar.update(self._task, description="training", total=self._rounds, completed=record.round)
 
@@ -151,17 +149,15 @@ class Display:
         row = record.row
         self._bytes[row.round] = row.uplink_bytes
         elapsed, here = time.monotonic() - self._began, row.round + 1 - self._first
-        self._print(
-            _ROUND.format(
-                f"{row.round + 1}/{self._rounds}",
-                _loss(row.loss),
-                *self._judged(overall(record.scores)),
-                f"{row.labels / row.train_seconds:,.0f}",
-                size(row.uplink_bytes),
-                size(row.downlink_bytes),
-                f"{row.seconds:.1f} s",
-                clock(elapsed / here * (self._rounds - row.round - 1)),
-            )
+        self._line(
+            f"{row.round + 1}{self._of}",
+            _loss(row.loss),
+            *self._judged(overall(record.scores)),
+            f"{row.labels / row.train_seconds:,.0f}",
+            size(row.uplink_bytes),
+            size(row.downlink_bytes),
+            f"{row.seconds:.1f} s" if row.seconds < 1000 else clock(row.seconds),
+            clock(elapsed / here * (self._rounds - row.round - 1)),
         )
 
         for client in record.client_rows:
@@ -189,6 +185,16 @@ class Display:
         loss, score = metrics.get("held_out_loss"), metrics.get(self._score)
         missing = "-" if metrics and self._score in UNDEFINED and self._problem != "own" else ""
         return "" if loss is None else f"{loss:.3f}", missing if score is None else f"{score:.3f}"
+
+    @property
+    def _of(self) -> str:
+        """What stands behind a round's number."""
+        return f"/{self._rounds}" if self._rounds < _COUNTED else ""
+
+    def _line(self, first: str, *cells: str, style: str = "") -> None:
+        """A line of the table of rounds."""
+        width = max(7, len(f"{self._rounds}{self._of}"))
+        self._print(_ROUND.format(first, width, *cells).rstrip(), style)
 
     def _print(self, line: str, style: str = "") -> None:
         # Text, not str: a folder's name may hold [brackets] that Rich would take for markup.
@@ -333,6 +339,16 @@ def _against(sent: int, dense: int) -> str:
         return f"nothing, against {size(dense)} of dense FedAvg"
     share = f"{dense / sent:.1f}x less than" if sent < dense else f"{sent / dense:.1f}x"
     return f"{size(sent)}, {share} {size(dense)} of dense FedAvg"
+
+
+def _extent(federation: Federation) -> str:
+    """Rounds, local steps and clients as text."""
+    steps = f"{_steps(federation.local_steps)} local steps"
+    clients = f"{federation.cohort:,} of {federation.clients:,} clients"
+    if federation.mode != "async":
+        return f"{_rounds(federation.rounds or 0)} of {steps}, {clients} each"
+    updates = f"{federation.updates:,} update{'s' if federation.updates != 1 else ''}"
+    return f"{_rounds(federation.rounds or 0)} with {updates} of {steps} each, {clients} under way at a time"
 
 
 def _rounds(count: int) -> str:

@@ -194,6 +194,36 @@ def test_each_round_is_one_plain_line_without_a_terminal(clock: Clock) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("rounds", "last"), [(5, "    5/5"), (999, "999/999"), (1000, "1000/1000"), (20_000, "  20000")]
+)
+def test_columns_of_rounds_stay_below_their_heads(rounds: int, last: str, clock: Clock) -> None:
+    """In 80 characters at most, from the first round to the last one of any number."""
+    pipe, text = console(terminal=False)
+    with Display(pipe) as shown:
+        federation = CONFIG.federation.model_copy(update={"rounds": rounds})
+        shown.show(Started(CONFIG.model_copy(update={"federation": federation}), "runs/look", BEFORE, 10**6))
+        for n in (0, rounds - 1):
+            done = round_done(n)
+            shown.show(replace(done, row=replace(done.row, seconds=5000.0)))
+    _, head, before, *lines = text.getvalue().splitlines()
+    assert lines[1].startswith(f"{last}   2.500     3.500     0.250    3,000 200.0 kB   1.6 MB 1:23:20 ")
+    assert len({line.index(" 3.500") for line in lines} | {before.index(" 4.000"), head.index("held-out") + 2}) == 1
+    assert len({*map(len, lines), len(head)}) == 1
+    assert len(head) <= 80
+
+
+@pytest.mark.parametrize(("rule", "updates"), [({"buffer": 3}, "3 updates"), ({"rule": "fedasync"}, "1 update")])
+def test_asynchronous_run_begins_with_what_its_rounds_are(rule: dict[str, Any], updates: str) -> None:
+    pipe, text = console(terminal=False)
+    asynchronous = CONFIG.federation.asynchronous.model_copy(update=rule)
+    federation = CONFIG.federation.model_copy(update={"mode": "async", "asynchronous": asynchronous})
+    with Display(pipe) as shown:
+        shown.show(Started(CONFIG.model_copy(update={"federation": federation}), "runs/look", BEFORE, 10**6))
+    rounds = f"5 rounds with {updates} of 4 local steps each, 8 of 100 clients under way at a time"
+    assert text.getvalue().splitlines()[0] == f"look: fedftg, {rounds}; into runs/look"
+
+
 def test_rounds_stay_above_the_live_line_in_a_terminal_too(clock: Clock) -> None:
     terminal, text = console(terminal=True)
     with Display(terminal) as shown:
