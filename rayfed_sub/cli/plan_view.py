@@ -49,7 +49,10 @@ def written(file: object, before: object, speed: Speed) -> str:
 def _overview(plan: Plan) -> Iterable[tuple[str, str]]:
     every, cohort, trained = plan.clients
     memory, machine = plan.worker, plan.machine
-    yield "clients", f"{every}, {cohort} a round, {trained} ever train"
+    if plan.asynchronous:
+        yield "clients", f"{every}, {cohort} under way at a time, at most {trained} counted"
+    else:
+        yield "clients", f"{every}, {cohort} a round, {trained} ever train"
     if plan.rows.side:
         yield "images", f"{plan.rows.side} x {plan.rows.side} pixels"
     else:

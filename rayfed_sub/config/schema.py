@@ -380,6 +380,11 @@ class Federation(Record):
         """Clients drawn for a round, those included that over_selection adds."""
         return min(self.clients, math.ceil(self.cohort * self.over_selection - 1e-9))  # rounding adds no client
 
+    @property
+    def updates(self) -> int:
+        """Clients whose updates are awaited in a round: those drawn for it, or with mode=async the buffer's."""
+        return (self.asynchronous.buffer or 1) if self.mode == "async" else self.drawn
+
     @model_validator(mode="before")
     @classmethod
     def _long_enough(cls, tree: Any) -> Any:

@@ -44,7 +44,7 @@ class Need:
     size: Lengths
     widest: int  # the client that trains the most
     steps: int
-    cohort: int
+    cohort: int  # or clients under way at a time
     trained: int
     backbone: int
     data: int
@@ -74,13 +74,21 @@ class Need:
     @property
     def waiting(self) -> int:
         """Bytes of results that wait at the coordinator: of clients under way in an asynchronous run, whichever version
-        of the server they began from, or of a round that may drop some of its clients."""
+        of the server they began from, and of its buffer, or of a round that may drop some of its clients."""
         federation, devices = self.config.federation, self.config.devices
         timed = federation.round_deadline is not None or federation.over_selection > 1.0
         leaving = devices.trace is not None or any(one.hours or one.dropout for one in devices.classes.values())
         if not (timed or leaving or federation.mode == "async"):
             return 0
-        return self.cohort * self.most(lambda client: client.up + client.state)
+        results = self.cohort
+        if federation.mode == "async":  # the update that fills the buffer has left its client's place
+            results = min(federation.clients, self.cohort + federation.updates - 1)
+        return results * self._result
+
+    @property
+    def _result(self) -> int:
+        """Bytes of a client's result, its state with it."""
+        return self.most(lambda client: client.up + client.state)
 
     @property
     def states(self) -> int:
@@ -92,12 +100,12 @@ class Need:
         """Bytes of a run folder at most: two checkpoints with their states, a third server while it is written, and
         where a best checkpoint is kept that one, with another while it is replaced."""
         best = 0 if self.config.early_stopping.metric is None else 1
-        under_way = self.waiting if self.config.federation.mode == "async" else 0
+        under_way = self.cohort * self._result if self.config.federation.mode == "async" else 0
         return (2 + best) * self.states + (3 + best) * (self.traffic.server[-1] + under_way)
 
     def store(self, workers: int, pack: int) -> int:
         """Bytes in the object store: backbone, data, two broadcasts, states, and two packs a worker on their way."""
-        moving = 2 * workers * min(pack, self.cohort) * self.most(lambda client: client.up + client.state)
+        moving = 2 * workers * min(pack, self.cohort) * self._result
         kept = min(self.states, int(self.config.resources.state_memory))
         return self.backbone + self.data + 2 * self.traffic.broadcast + kept + moving
 
@@ -192,7 +200,7 @@ def need(parts: Parts, rounds: int = _WALKED, most: int | None = None) -> Need:
         size=lengths(parts.dataset, parts.config),
         widest=max(clients, key=lambda k: (clients[k].resident, parts.steps(k)), default=0),
         steps=max(map(parts.steps, clients), default=1),
-        cohort=max([1, *map(len, parts.cohorts)]),
+        cohort=max(1, parts.cohort),
         trained=parts.trained,
         backbone=backbone_bytes(parts.architecture) + _widened(parts),
         data=parts.dataset.nbytes,

@@ -47,7 +47,8 @@ class RoundBytes:
 
 @dataclass(frozen=True)
 class Plan:
-    """All bytes.  clients: in all, per round, and that ever train.  rows: longest rows, in tokens.  backbone, data,
+    """All bytes.  clients: in all, per round, and that ever train; in an asynchronous run in all, under way at a time,
+    and whose updates count, at most.  rows: longest rows, in tokens.  backbone, data,
     broadcast: once per node.  worker: above the bare process, `bare`.  one_more: bytes of another client in a pack.
     state: of the client with the least and the most.  server: at first and after the last walked round.  store: of the
     object store; node: all processes of a run on one node.  methods: at the same rank; ranks: per stored client.
@@ -78,6 +79,7 @@ class Plan:
     notes: tuple[str, ...]
     privacy: dict[str, Any] | None = None
     speed: Any = None
+    asynchronous: bool = False
 
 
 def plan(parts: Parts, machine: Machine) -> Plan:
@@ -90,7 +92,7 @@ def plan(parts: Parts, machine: Machine) -> Plan:
     return Plan(
         name=parts.config.name,
         method=parts.name,
-        clients=(parts.config.federation.clients, max(map(len, parts.cohorts), default=0), needed.trained),
+        clients=(parts.config.federation.clients, parts.cohort, needed.trained),
         rows=needed.size,
         backbone=needed.backbone,
         data=needed.data,
@@ -117,6 +119,7 @@ def plan(parts: Parts, machine: Machine) -> Plan:
             *_device_notes(parts, needed, one.tensors),
         ),
         privacy=account(parts.config, parts.noise, partial(draws, parts.config, parts.dataset, rounds)),
+        asynchronous=parts.config.federation.mode == "async",
     )
 
 
@@ -215,6 +218,12 @@ def _device_notes(parts: Parts, needed: Need, tensors: int) -> Iterable[str]:
             who = f"{clients} of {federation.clients} clients ({name}, {megabytes(memory)})"
             yield f"{who} cannot hold {held} at least."
     if federation.mode == "async":
+        updates = "1 update" if federation.updates == 1 else f"{federation.updates} updates"
+        yield (
+            f"A round is a step of the server, with {updates}. Whose, and from which version, follows from the clock: "
+            "downloads are those of clients that are drawn for the step and begin with it. Bytes of clients that are "
+            "under way at the end come on top."
+        )
         yield (
             f"Up to {needed.cohort} clients are under way, of as many versions of the server at most; one version is "
             f"in memory at a time, and results that wait for their moment take up to {megabytes(needed.waiting)}."

@@ -18,7 +18,8 @@ from rayfed_sub.privacy.accountant import Draws
 
 def cohort(config: Config, n: int) -> list[int]:
     """The clients of round n, sorted: sampled without replacement, less those that are not available.  With privacy of
-    clients every one is drawn by itself (Poisson sampling), so that federation.sampled is the mean size.
+    clients every one is drawn by itself (Poisson sampling), so that federation.sampled is the mean size.  With
+    mode=async as many as the buffer holds, for a plan: those of a run follow from its clock.
 
     It may be empty when federation.availability is small, and under Poisson sampling.
     """
@@ -26,7 +27,7 @@ def cohort(config: Config, n: int) -> list[int]:
     if config.privacy.of_clients:
         chances = stream(config.seed, "cohort", n).random(federation.clients)
         return np.flatnonzero(chances < federation.cohort / federation.clients).tolist()
-    return drawn(config, n, np.arange(federation.clients), federation.drawn)
+    return drawn(config, n, np.arange(federation.clients), federation.updates)
 
 
 def drawn(config: Config, n: int, among: NDArray[np.int64], size: int, start: int = 0) -> list[int]:

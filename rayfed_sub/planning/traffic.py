@@ -392,8 +392,17 @@ class Parts:
         return str(self.config.method["name"])
 
     @property
+    def cohort(self) -> int:
+        """Clients of the largest round, or under way at a time with mode=async."""
+        federation = self.config.federation
+        return federation.cohort if federation.mode == "async" else max(map(len, self.cohorts), default=0)
+
+    @property
     def trained(self) -> int:
-        """Clients that ever train."""
+        """Clients that ever train; with mode=async those whose updates count, at most."""
+        federation = self.config.federation
+        if federation.mode == "async":
+            return min(federation.clients, sum(map(len, self.cohorts)))
         return len(set().union(*map(set, self.cohorts)))
 
     def first(self, rounds: int, most: int | None = None) -> Parts:

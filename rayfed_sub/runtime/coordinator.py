@@ -265,8 +265,8 @@ class Coordinator:
                 sums.clock, sums.timeline = simulated.told(n, current.clock or Clock(), metrics.rows)
             return sums
 
-        expected = (config.federation.asynchronous.buffer or 1) if mode == "async" else config.federation.drawn
-        shown = RoundMetrics(n, expected, began)  # of all that train: the clock says later whose update counts
+        # Of all that train: the clock says later whose update counts.
+        shown = RoundMetrics(n, config.federation.updates, began)
 
         def train(clients: Sequence[int]) -> Generator[PackDone, None, dict[int, Result]]:
             """The clients' results; in the cohort's order, so that packs follow from simulated time alone."""

@@ -54,7 +54,7 @@ def probe(job: Job, sizes: Sequence[int] = PACKS) -> Speed:
     Loads the backbone into this process and trains three packs of each size, short ones repeatedly for a second.
     """
     config = job.config
-    cohort, workers = config.federation.cohort, config.resources.trainers
+    cohort, workers = config.federation.updates, config.resources.trainers
     backbone = merged(load_weights(config.model, job.architecture, config.seed), job.start, job.architecture)
     broadcast = _broadcast(job, backbone)
     spec = Spec(config, job.method, job.architecture, job.processor, job.noise, recomputes(job))
@@ -164,5 +164,5 @@ def _client(config: Config, speed: PackSpeed) -> float:
 def _round(config: Config, speed: PackSpeed) -> float:
     """Seconds until the slowest worker has trained its packs."""
     size = speed.pack_size
-    turns = math.ceil(math.ceil(config.federation.cohort / size) / config.resources.trainers)
+    turns = math.ceil(math.ceil(config.federation.updates / size) / config.resources.trainers)
     return turns * size * _client(config, speed)

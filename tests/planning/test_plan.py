@@ -257,6 +257,31 @@ def test_plan_by_hand() -> None:
     assert json.loads(json.dumps(as_dict(planned)))["server"][0] == 2 * 96 * 32 * 4
 
 
+TIMED = ["devices.classes={a: {seconds_per_step: 1}}", "federation.mode=async", "method={name: fedit, rank: 4}"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "updates", "counted", "results"),
+    [("buffer=3", 3, 6, 7), ("buffer=6", 6, 8, 8), ("rule=fedasync", 1, 2, 5)],
+)
+def test_round_of_an_asynchronous_run_has_the_buffer_s_updates(
+    rule: str, updates: int, counted: int, results: int
+) -> None:
+    """Two steps of eight clients, five of them under way at a time: as many results wait at once as there are places,
+    and in the buffer before its last one, at most one of each client.  A result is two factors of rank 4 of two layers
+    of 96 x 32, and a state with two moments of each."""
+    job = prepare(small("federation.sampled=5", f"federation.asynchronous.{rule}", *TIMED))
+    planned, factors = plan_of(job), 2 * 4 * (96 + 32) * 4
+    assert [(row.clients, row.up_all) for row in planned.rounds] == [(updates, updates * factors)] * 2
+    assert [row.down_all for row in planned.rounds] == [0, updates * factors]
+    assert planned.clients == (8, 5, counted)
+    needed = need(job_parts(job))
+    assert (needed.cohort, needed.waiting) == (5, results * 3 * factors)
+    # Two checkpoints' states, and three servers' with the results of the clients under way.
+    assert needed.disk == 2 * counted * 2 * factors + 3 * (factors + 5 * 3 * factors)
+    assert any(f"with {updates} update" in note for note in planned.notes)
+
+
 @pytest.mark.slow
 def test_neither_data_nor_plan_imports_ray() -> None:
     """Both in one process of their own, with JSON alone on stdout."""
