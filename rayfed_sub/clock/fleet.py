@@ -79,11 +79,6 @@ class Fleet:
         """Whether clients may leave a round, by their hours or by drop-out."""
         return bool(self.windows.limited.any()) or any(device.dropout for device in self.devices)
 
-    @property
-    def present(self) -> list[str]:
-        """Names of the classes that clients have."""
-        return [self.names[kind] for kind in np.unique(self.classes)]
-
     def stays(self, client: int, n: int, start: int = 0) -> float:
         """Share of its download and training after which the client breaks off what it begins with draw `start` of
         round n; infinite for one that does not."""
@@ -153,7 +148,7 @@ def fleet_of(config: Config, client_names: Sequence[str] = ()) -> Fleet | None:
 
 def _shared_out(config: Config, names: Sequence[str]) -> Ints:
     """The class of each client: their counts are the shares, to a client, and who has which is drawn."""
-    shares = [config.devices.shares.get(name, 0.0) if config.devices.shares else 1.0 for name in names]
+    shares = [config.devices.shares[name] if config.devices.shares else 1.0 for name in names]
     clients = config.federation.clients
     ends = np.cumsum(shares) / sum(shares) * clients
     places = np.searchsorted(ends, np.arange(clients) + 0.5, side="right").clip(max=len(names) - 1)

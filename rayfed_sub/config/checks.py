@@ -257,6 +257,10 @@ def _check_devices(devices: Devices) -> None:
     if unknown := [name for name in devices.shares if name not in devices.classes]:
         allowed = f"shares of devices.classes: {', '.join(devices.classes) or 'none'}"
         raise UserError(f"devices.shares.{unknown[0]}", devices.shares[unknown[0]], allowed, "add the class")
+    if devices.shares and (left_out := [name for name in devices.classes if name not in devices.shares]):
+        allowed = f"a share for each of devices.classes; {', '.join(left_out)} would have no clients"
+        advice = f"e.g. devices.shares.{left_out[0]}=1, or remove the class"
+        raise UserError("devices.shares", dict(devices.shares), allowed, advice)
     if devices.trace is not None and devices.shares:
         allowed = "nothing with devices.trace, which names each client's device"
         raise UserError("devices.shares", dict(devices.shares), allowed, "remove one of them")

@@ -88,7 +88,8 @@ def stored_config(folder: Path) -> Config:
 
     Keys of older versions get their new names.  A missing key has the behaviour of older versions: without
     `task.seed`, or with null, the run's own seed drew the splits; without `federation.batching`, batches were bucketed.
-    `task.validation` was a share, and `task.split=train` stood there for files too, as did keys without an effect.
+    `task.validation` was a share, and `task.split=train` stood there for files too, as did keys without an effect, and
+    classes of devices without a share beside others with one.
 
     Raises UserError as `load_config`.
     """
@@ -103,7 +104,7 @@ def stored_config(folder: Path) -> Config:
         tree["task"] = {key: value for key, value in task.items() if key != "split"}
     if isinstance(federation, dict):
         tree["federation"] = {"batching": "bucketed", **federation}
-    return load_config(effective(_renamed(_selecting(tree))))
+    return load_config(effective(_renamed(_sharing(_selecting(tree)))))
 
 
 def _selecting(tree: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +113,15 @@ def _selecting(tree: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(federation, dict) or federation.get("sampled") not in (None, federation.get("clients")):
         return tree
     return {**tree, "federation": {key: value for key, value in federation.items() if key != "over_selection"}}
+
+
+def _sharing(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree without classes of devices that have no share, where others have one: no client had such a device."""
+    devices = tree.get("devices")
+    if not isinstance(devices, dict) or not devices.get("shares"):
+        return tree
+    classes = {name: device for name, device in devices["classes"].items() if name in devices["shares"]}
+    return {**tree, "devices": {**devices, "classes": classes}}
 
 
 def effective(tree: dict[str, Any], needs: Iterable[tuple[str, str, tuple[str, ...]]] = NEEDS) -> dict[str, Any]:

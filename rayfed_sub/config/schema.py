@@ -522,8 +522,8 @@ class Devices(Record):
     )
     shares: dict[str, Positive] = Field(
         default={},
-        description="Parts of the clients that have a device of each class, in any unit; clients are dealt out at "
-        "random. Empty: equal parts.",
+        description="Parts of the clients that have a device of each class, in any unit, one for every class; clients "
+        "are dealt out at random. Empty: equal parts.",
     )
     trace: str | None = Field(
         default=None,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rayfed_sub.clock.accounts import Cost, account, best_within, cost_at, cost_to, costs
 from rayfed_sub.clock.fleet import fleet_of
-from rayfed_sub.config.schema import Device
 from rayfed_sub.core.text import LOWER, SCORES, number, score
 from rayfed_sub.reports.curves import AGAINST_BYTES, Axis, Curve, legend, overall, overlay, problem, shown_scores
 from rayfed_sub.reports.page import Cell, Figure, Section, Table, cell
@@ -83,9 +82,8 @@ def _classes(runs: Runs, metrics: Sequence[str]) -> Table:
     traced = any(run.config.devices.trace is not None for run in runs.values())
     rows: list[list[Cell | str]] = []
     for name, run in runs.items():
-        present, device_of = _devices_of(run)
-        kinds = {*present, *(run.summary.get("simulated") or {}).get("classes", ())}
-        for kind, found in account(run.timeline, _named(run, kinds))["classes"].items():
+        device_of = _device_of(run)
+        for kind, found in account(run.timeline, run.config.devices.classes)["classes"].items():
             own = run.of_clients[run.of_clients.index.map(device_of) == kind]
             means = [float(own[metric].mean()) if metric in own and len(own) else None for metric in shown]
             stale = found["staleness"] if found["counted"] else None
@@ -98,19 +96,13 @@ def _classes(runs: Runs, metrics: Sequence[str]) -> Table:
     return Table(caption, [*heads, *(score(metric).partition(" (")[0] for metric in shown)], rows)
 
 
-def _devices_of(run: Run) -> tuple[list[str], Callable[[int], str | None]]:
-    """The classes that clients have, and the class of each; of a trace, whose file may be gone, those of the clients
-    that began a round."""
+def _device_of(run: Run) -> Callable[[int], str | None]:
+    """The class of each client; of a trace, whose file may be gone, of those that began a round."""
     fleet = fleet_of(run.config) if run.config.devices.trace is None else None
     if fleet is None:
         known = {int(client): str(device) for client, device in run.timeline[["client", "device"]].to_numpy()}
-        return list(dict.fromkeys(known.values())), known.get
-    return fleet.present, fleet.name_of
-
-
-def _named(run: Run, kinds: Iterable[str]) -> dict[str, Device]:
-    """The devices of these classes."""
-    return {kind: run.config.devices.classes[kind] for kind in kinds}
+        return known.get
+    return fleet.name_of
 
 
 _BUDGETS: tuple[tuple[str, float, Callable[[Cost], float]], ...] = (
@@ -179,4 +171,4 @@ def told(run: Run) -> dict[str, Any]:
         evaluations.append(
             {"rounds": int(rounds), "seconds": cost.seconds, "bytes": cost.bytes, "joules": cost.joules, **scores}
         )
-    return {**account(run.timeline, _named(run, _devices_of(run)[0])), "evaluations": evaluations}
+    return {**account(run.timeline, run.config.devices.classes), "evaluations": evaluations}

@@ -270,7 +270,6 @@ def _summary(
     samples = [*(one.sample() for one in memory), *ask("memory")]
     folder.end(left)
     before, start = overall(first.scores), job.begun
-    present = [] if job.fleet is None else job.fleet.present
     counted = len(rows) if stopped is None else config.federation.rounds or 0
     shape = job.architecture.shape
     biases = sum(layer.m for layer in shape.head if layer.bias)
@@ -309,7 +308,7 @@ def _summary(
         best=best,
         one_at_a_time=job.architecture.one_at_a_time,
         start_from=None if start is None else asdict(start),
-        simulated=folder.simulated({name: config.devices.classes[name] for name in present}),
+        simulated=folder.simulated(config.devices.classes),
         gpu_memory={f"{one.process[0]} {one.process[1]}": asdict(one.gpu) for one in samples if one.gpu is not None},
         folder=folder.place.display_name(),
     )

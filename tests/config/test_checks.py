@@ -41,6 +41,10 @@ RULES = {
     "devices.shares.b: got 1.0; allowed: shares of devices.classes: a; add the class": Config(
         devices=Devices(classes=DEVICES.classes, shares={"b": 1.0})
     ),
+    "devices.shares: got {'a': 1.0}; allowed: a share for each of devices.classes; b would have no clients; "
+    "e.g. devices.shares.b=1, or remove the class": Config(
+        devices=Devices(classes={**DEVICES.classes, "b": Device(seconds_per_step=2.0)}, shares={"a": 1.0})
+    ),
     "devices.shares: got {'a': 1.0}; allowed: nothing with devices.trace, which names each client's device; remove one "
     "of them": Config(devices=Devices(classes=DEVICES.classes, shares={"a": 1.0}, trace="t.csv")),
     "devices.spread: got 0.5; allowed: nothing without devices.classes, which it is about; add the classes": Config(

@@ -61,7 +61,12 @@ def same(summary: Summary, undisturbed: Summary) -> None:
 
 
 def test_clock_changes_neither_bits_nor_tables_of_a_synchronous_run(plain: Summary, tmp_path: Path) -> None:
-    clocked = run(job(devices=TWO), tmp_path / "run")
+    """A class of devices that no client has by rounding is in the account too."""
+    devices = {**TWO, "rare": {"seconds_per_step": 9.0}}
+    clocked = run(job("devices.shares={slow: 1, fast: 1, rare: 1.0e-9}", devices=devices), tmp_path / "run")
+    assert clocked.simulated is not None
+    clients = {name: one["clients"] for name, one in clocked.simulated["classes"].items()}
+    assert clients["rare"] == 0 < min(clients["fast"], clients["slow"])
     assert clocked.weights_sha256 == plain.weights_sha256
     ours, theirs = (pd.read_parquet(f"{one.folder}/clients.parquet") for one in (clocked, plain))
     pd.testing.assert_frame_equal(ours, theirs)

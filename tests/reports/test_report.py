@@ -501,9 +501,10 @@ def test_class_that_never_took_part_is_told_with_its_scores(tmp_path: Path) -> N
     assert texts(found, "rounds that counted (%)") == ["100", "0"]
     assert found.rows[1][found.columns.index("held-out loss")] == cell(run.of_clients.loc[slow, "held_out_loss"].mean())
     assert told(run)["classes"]["slow"]["participation"] == 0
+    few = run.config.devices.model_copy(update={"shares": {"fast": 1.0, "slow": 1e-9}})  # by rounding no client
+    assert told(dataclasses.replace(run, config=run.config.model_copy(update={"devices": few})))["classes"]["slow"]
     devices = run.config.devices.model_copy(update={"trace": "gone.csv"})
-    summary = {"simulated": {"classes": {"fast": {}, "slow": {}}}}
-    traced = dataclasses.replace(run, config=run.config.model_copy(update={"devices": devices}), summary=summary)
+    traced = dataclasses.replace(run, config=run.config.model_copy(update={"devices": devices}))
     section = simulated_time({"run": traced})
     assert section is not None
     (found,) = (part for part in section.parts if isinstance(part, Table) and part.columns[1] == "devices")

@@ -434,6 +434,14 @@ def test_stored_over_selection_that_adds_nobody_is_read(tmp_path: Path) -> None:
     assert stored_config(tmp_path).federation.over_selection == 1.0
 
 
+def test_stored_class_of_devices_without_a_share_is_left_out(tmp_path: Path) -> None:
+    """No client had one, so the others' devices are the same without it."""
+    classes = {"a": {"seconds_per_step": 1.0}, "b": {"seconds_per_step": 2.0}}
+    old = {"federation": {"clients": 4, "rounds": 2}, "devices": {"classes": classes, "shares": {"b": 1.0}}}
+    (tmp_path / "config.yaml").write_text(yaml_text(old))
+    assert list(stored_config(tmp_path).devices.classes) == ["b"]
+
+
 def test_finished_run_returns_its_summary_again(tmp_path: Path) -> None:
     folder = create(Place(tmp_path), CONFIG)
     assert summary_of(tmp_path, CONFIG) is None
