@@ -365,8 +365,8 @@ class Federation(Record):
     )
     local_seconds: Positive | None = Field(
         default=None,
-        description="Simulated seconds that every client trains in a round of mode=semi-sync, in place of local_steps; "
-        "at least one step.",
+        description="Simulated seconds that every client trains in a round of mode=semi-sync, in place of local_steps, "
+        "which has no effect then; at least one step.",
     )
     asynchronous: Asynchronous = Asynchronous()
 

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from rayfed_sub.config.loading import as_override
-from rayfed_sub.config.schema import Config
+from rayfed_sub.config.schema import Config, Federation
 from rayfed_sub.core.arrays import Packed, packed
 from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.methods import adopted, strangers
@@ -136,8 +136,8 @@ def _run(
             notify(Notice(f"{old.display_name()} is finished already"))
             finish(old, notify)
             return replace(summary, folder=old.display_name())
-        if job.architecture.one_at_a_time:
-            notify(_one_at_a_time(job.architecture))
+        for notice in _notices(config, job):
+            notify(notice)
         if here:
             plan.check(job, (old or place or Place(Path())).path, free=free)
         folder = _folder(old, place, job)
@@ -179,6 +179,17 @@ def _folder(old: Place | None, place: Place | None, job: Job) -> RunFolder:
         keep(folder.path, KeptModel(shape, known.transposed, known.tied, state))
     folder.place.push()
     return folder
+
+
+def _notices(config: Config, job: Job) -> Iterator[Notice]:
+    """What a run says before it begins; config: of which the job is, as it was asked for."""
+    if job.architecture.one_at_a_time:
+        yield _one_at_a_time(job.architecture)
+    asked, default = config.federation, Federation.model_fields["local_steps"].default
+    # A run's config.yaml has the steps that it takes.
+    if asked.mode == "semi-sync" and asked.local_steps not in (default, job.config.federation.local_steps):
+        steps = as_override("federation.local_steps", asked.model_dump(mode="json")["local_steps"])
+        yield Notice(f"{steps} is not used: with federation.mode=semi-sync clients' steps follow from local_seconds")
 
 
 def _one_at_a_time(architecture: Architecture) -> Notice:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from rayfed_sub import load_config, run
 from rayfed_sub.cli.main import app
 from rayfed_sub.clock.accounts import account
+from rayfed_sub.config.loading import stored_config
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Broadcast, Client, ClientState, ModelShape, Start
@@ -25,7 +26,8 @@ from rayfed_sub.reports.page import Table, cell
 from rayfed_sub.reports.retiming import retimed
 from rayfed_sub.reports.run_reader import read_run
 from rayfed_sub.reports.simulated_time import simulated_time
-from rayfed_sub.telemetry.events import PackDone, Summary
+from rayfed_sub.runtime.session import _notices
+from rayfed_sub.telemetry.events import Notice, PackDone, Summary
 from tests.helpers import chaos
 
 TWO = {
@@ -92,6 +94,21 @@ def test_finished_run_is_told_again_for_other_devices(plain: Summary, tmp_path: 
     assert [(one["rounds"], one["seconds"]) for one in again["evaluations"]] == [(0, 0.0), (3, 6.0)]
     shown = CliRunner().invoke(app, [*asked[:-1], "--target", "held_out_loss=0.1"]).stdout
     assert "not reached" in shown
+
+
+def test_local_steps_that_a_semi_synchronous_run_does_not_take_are_told(tmp_path: Path) -> None:
+    """4 of the devices' 2 seconds in 8; a run of its config.yaml, which has these, says nothing."""
+    said: list[str] = []
+    semi = ["federation.mode=semi-sync", "federation.local_seconds=8", "federation.rounds=1"]
+    config = job(*semi, "federation.local_steps=[1, 3]", devices=ALIKE)
+    run(config, tmp_path / "run", lambda record: said.append(record.text) if isinstance(record, Notice) else None)
+    assert said == [
+        "federation.local_steps=[1, 3] is not used: with federation.mode=semi-sync clients' steps follow from "
+        "local_seconds"
+    ]
+    assert set(pd.read_parquet(tmp_path / "run" / "clients.parquet")["steps"]) == {4}
+    stored = stored_config(tmp_path / "run")
+    assert not list(_notices(stored, prepare(stored)))
 
 
 @dataclass(frozen=True)
