@@ -180,7 +180,7 @@ def test_plan_names_devices_that_are_too_small_and_what_waits() -> None:
     notes = plan_of(prepare(job(*ASYNC, devices=small))).notes
     (too_small,) = [note for note in notes if "cannot hold" in note]
     assert too_small.startswith("4 of 8 clients (phone, 0.1 MB) cannot hold the model and one client's training")
-    (waiting,) = [note for note in notes if "under way" in note]
+    (waiting,) = [note for note in notes if "wait" in note]
     assert waiting.startswith("Up to 5 clients are under way")
     assert not any("devices" in note or "under way" in note for note in plan_of(prepare(job())).notes)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
+from rayfed_sub.config.loading import load_config
 from rayfed_sub.config.schema import Resources
 from rayfed_sub.planning.fit import Fit, roomy_packs
 from rayfed_sub.planning.job import prepare
-from rayfed_sub.runtime.probe import PackSpeed, even, probe, quickest, while_it_gains
+from rayfed_sub.runtime.probe import PackSpeed, _round, even, probe, quickest, while_it_gains
 from tests.end_to_end.test_runs import small
 
 
@@ -64,6 +66,16 @@ def test_packs_that_would_idle_a_worker_are_not_timed() -> None:
     assert roomy_packs(found, Resources(workers=8, pack_size=8)) == [4, 8]  # for several nodes: as now
     assert roomy_packs(found, Resources(workers=8, pack_size=4, gpus_per_worker=1)) == [4, 8, 16]  # each has its GPU
     assert roomy_packs(found, Resources(workers=8, pack_size=4, gpus_per_worker=0.5)) == [4, 8]
+
+
+@pytest.mark.parametrize(("rule", "turns"), [({"buffer": 5}, 2), ({"buffer": 3}, 1), ({"rule": "fedasync"}, 1)])
+def test_round_of_an_asynchronous_run_takes_the_time_of_its_updates(rule: dict[str, Any], turns: int) -> None:
+    """Of eight clients under way five, three or one: two workers with packs of two train five in two turns, fewer in
+    one, of four steps of 1 s and a refresh of 0.5 s a client."""
+    federation = {"mode": "async", "asynchronous": rule, "sampled": 8}
+    devices = {"classes": {"a": {"seconds_per_step": 1}}}
+    config = load_config({"federation": federation, "devices": devices, "resources": {"workers": 2}})
+    assert _round(config, PackSpeed(2, 1.0, 0.5)) == turns * 2 * (4 * 1.0 + 0.5)
 
 
 def test_probe_of_a_real_job() -> None:
