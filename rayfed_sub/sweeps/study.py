@@ -28,6 +28,14 @@ class Tune(Record):
         default=(0,), description="Seeds of the tuning runs."
     )
     set: tuple[str, ...] = Field(default=(), description="Overrides of the tuning runs, such as fewer rounds.")
+    more: dict[str, tuple[float, ...]] = Field(
+        default={}, description="More candidates of single variants, by name, where `values` are numbers."
+    )
+
+    def values_of(self, variant: str) -> tuple[bool | int | float | str, ...]:
+        """The variant's candidates, in rising order where it has more than the others."""
+        more = self.more.get(variant, ())
+        return tuple(sorted({*self.values, *more})) if more else self.values
 
 
 class Written(Record):
@@ -156,11 +164,21 @@ def load_study(path: Path) -> Study:
     for name in study.variants:
         if "/" in name or name in ("", ".", ".."):
             raise UserError("study.variants", name, "names that may be a folder's", "rename it")
+    if study.tune is not None:
+        _check_more(study, study.tune)
     given = {"seeds": study.seeds} if study.tune is None else {"seeds": study.seeds, "tune.seeds": study.tune.seeds}
     for key, seeds in given.items():
         if len(set(seeds)) < len(seeds):
             raise UserError(f"study.{key}", list(seeds), "each seed once", "remove the second")
     return study
+
+
+def _check_more(study: Study, tune: Tune) -> None:
+    for variant, more in tune.more.items():
+        check_variant(study, "study.tune.more", variant)
+        if any(isinstance(value, str | bool) for value in tune.values):
+            allowed = "nothing where study.tune.values are no numbers"
+            raise UserError("study.tune.more", {variant: list(more)}, allowed, "add them to study.tune.values")
 
 
 def check_variant(study: Study, option: str, name: str) -> None:
@@ -174,7 +192,7 @@ def tuning_trials(study: Study, variant: str, more: Sequence[str]) -> Iterator[S
     tune = study.tune
     if tune is None:
         return
-    for value in tune.values:
+    for value in tune.values_of(variant):
         for seed in tune.seeds:
             settings = (f"{tune.key}={value}", "evaluation.generate_rows=0", "evaluation.split=validation")
             shared = (*study.set, *study.variants[variant], *tune.set, f"seed={seed}", *more)

@@ -93,8 +93,8 @@ def run_study(
             run_part(Part(study.name, tree, tuple(tuning), jobs), folder, notify, results)
             for variant in study.variants:
                 tuned_rows = [row for row in results.found.rows if row["variant"] == variant and row["tuning"]]
-                chosen[variant] = best_value(tuned_rows, study.tune.values)
-                notify(Notice(f"{variant}: {study.tune.key}={edged(study.tune, str(chosen[variant]))}"))
+                chosen[variant] = best_value(tuned_rows, study.tune.values_of(variant))
+                notify(Notice(f"{variant}: {study.tune.key}={edged(study.tune, variant, str(chosen[variant]))}"))
         counted = [t for name in study.variants for t in counted_trials(study, name, overrides, chosen.get(name))]
         results.keep(counted, False)
         run_part(Part(study.name, tree, tuple(counted), jobs), folder, notify, results)

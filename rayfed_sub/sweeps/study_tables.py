@@ -120,7 +120,7 @@ def markdown(study: Study, rows: Sequence[Mapping[str, str]], curves: Sequence[M
             why = "diverged" if begun else "not run"
             lines.append("| " + " | ".join([variant, *[why] * (len(columns) - 2), runs]) + " |")
             continue
-        cells = [variant, *([edged(study.tune, finished[0]["value"])] if study.tune else [])]
+        cells = [variant, *([edged(study.tune, variant, finished[0]["value"])] if study.tune else [])]
         for name in shown:
             values = [float(row[name]) for row in finished if row.get(name)]
             cells.append(f"{mean_and_deviation(values)}{of_all(len(values), len(finished))}")
@@ -173,9 +173,10 @@ def _difference(rows: Sequence[Mapping[str, str]], one: str, other: str, score: 
     return f"{', '.join(f'{difference:+.3f}' for difference in diffs)}{times}"
 
 
-def edged(tune: Tune, value: str) -> str:
+def edged(tune: Tune, variant: str, value: str) -> str:
     """The tuned value, marked where it is the first or last candidate: a better one may lie outside."""
-    return f"{value} (edge)" if value in (str(tune.values[0]), str(tune.values[-1])) else value
+    candidates = tune.values_of(variant)
+    return f"{value} (edge)" if value in (str(candidates[0]), str(candidates[-1])) else value
 
 
 def _of(rows: Sequence[Mapping[str, str]], variant: str | None) -> list[Mapping[str, str]]:

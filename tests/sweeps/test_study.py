@@ -158,6 +158,14 @@ def test_study_does_not_mix_models() -> None:
             f"{BASE}variants: {{a: []}}\ntune: {{key: optimizer.betas, values: [[0.9, 0.99]]}}\n",
             r"study\.tune\.values: got",
         ),
+        (
+            f"{BASE}variants: {{a: []}}\ntune: {{key: optimizer.lr, values: [1], more: {{b: [2]}}}}\n",
+            r"study\.tune\.more: got 'b'; allowed: a variant of",
+        ),
+        (
+            f"{BASE}variants: {{a: []}}\ntune: {{key: optimizer.name, values: [sgd], more: {{a: [2]}}}}\n",
+            r"study\.tune\.more: got .*; allowed: nothing where study\.tune\.values are no",
+        ),
         (f"{BASE}variants: {{a: []}}\nresults: 3\n", r"study\.results: got 3; allowed: a path"),
         ("variants: [", "CONFIG: got"),
     ],
@@ -314,9 +322,11 @@ def test_table_has_mean_and_deviation_over_seeds_and_marks_the_edge(tmp_path: Pa
         written(
             tmp_path,
             "claim: c\nbase: b.yaml\nseeds: [0, 1]\nvariants: {a: [], b: [], c: [], d: []}\nequal_bytes: a\n"
-            "tune: {key: optimizer.lr, values: [1, 2, 3]}\n",
+            "tune: {key: optimizer.lr, values: [1, 2, 3], more: {a: [0.5], b: [2.5]}}\n",
         )
     )
+    assert [read.tune.values_of(name) for name in "abc"] == [(0.5, 1, 2, 3), (1, 2, 2.5, 3), (1, 2, 3)]  # type: ignore[union-attr]
+    assert study_tables.edged(read.tune, "a", "1") == "1"  # type: ignore[arg-type]
     empty = dict.fromkeys(study_tables.COLUMNS, "")
 
     def row(variant: str, seed: int, loss: float, up: int, lr: int) -> dict[str, str]:
