@@ -15,7 +15,7 @@ from rayfed_sub.config.schema import Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.hub_client import hub_or_cache, is_hub_id, plain_files
 from rayfed_sub.data.readers import READERS, Part, Wanted, read_file
-from rayfed_sub.data.split_names import SPLITS, Split, split_of
+from rayfed_sub.data.split_names import SPLITS, Split, bare_split, split_of
 
 if TYPE_CHECKING:
     import datasets
@@ -254,18 +254,17 @@ def _of_images(field: str, place: str, folder: Path, by_client: bool) -> dict[st
         return _loaded(field, place, str(folder), "imagefolder")
     found: dict[str, list[Source]] = {}
     for inner in _folders(folder):
-        outer, client = split_of(inner.relative_to(folder) / "_")
-        for own in [inner] if client else _folders(inner):
+        outer = bare_split(inner.name)
+        for own in [inner] if outer is None else _folders(inner):
             # A client may have images of one class alone, whose folder `datasets` would take for no label.
             classed = bool(_folders(own))
-            if not client and not classed and not any(path.stem == "metadata" for path in own.iterdir()):
+            if outer and not classed and not any(path.stem == "metadata" for path in own.iterdir()):
                 allowed = f"another kind than files where no folder names a client: {own} has images of one class"
                 advice = "put each client's images in a folder of its own, or deal them out by the label"
                 raise UserError("federation.partition.kind", "files", allowed, advice)
             options = {"drop_labels": False} if classed else {}
             for split, parts in _loaded(field, str(own), str(own), "imagefolder", **options).items():
-                whose = client or own.name
-                found.setdefault(outer or split, []).extend(replace(part, client=whose) for part in parts)
+                found.setdefault(outer or split, []).extend(replace(part, client=own.name) for part in parts)
     return found
 
 

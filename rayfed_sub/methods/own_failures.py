@@ -79,6 +79,12 @@ def check_finite(owner: object, found: Tensors, *given: Tensors) -> None:
         raise AnswerError(f"it gives {failure}")
 
 
+def _given(result: LocalResult) -> tuple[Tensors, ...]:
+    """All tensors of a client's round."""
+    blocks = {f"{layer}/{side}": x for layer, pair in result.blocks.items() for side, x in enumerate(pair)}
+    return result.tensors, result.moments, result.memory, blocks
+
+
 def _changes(found: Any, shape: ModelShape) -> Mapping[str, Change]:
     """The changes of a model.  Raises AnswerError naming the first target without one, or with one of another size."""
     changes = answer(found, Mapping)  # type: ignore[type-abstract]
@@ -158,13 +164,13 @@ class Reported:
     def upload(self, broadcast: Broadcast, result: LocalResult, weight: float, shape: ModelShape) -> Update:
         with self._named("upload", broadcast.round, result.client):
             update = answer(self.method.upload(broadcast, result, weight, shape), Update)
-            check_finite(self.method, update.tensors, result.tensors)
+            check_finite(self.method, update.tensors, *_given(result))
             return update
 
     def client_state(self, broadcast: Broadcast, result: LocalResult, shape: ModelShape) -> Tensors:
         with self._named("client_state", broadcast.round, result.client):
             tensors = answer(self.method.client_state(broadcast, result, shape), Mapping)  # type: ignore[type-abstract]
-            check_finite(self.method, tensors, result.tensors)
+            check_finite(self.method, tensors, *_given(result))
             return tensors
 
     def accumulator(self, server: ServerState, shape: ModelShape) -> Accumulator:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ from rayfed_sub.models.architecture import Architecture, layer_of, skeleton
 from rayfed_sub.models.experts import experts_of, matrices_in
 from rayfed_sub.models.hub import quiet
 from rayfed_sub.models.quantised import nbytes, quantised_in, without
+
+log = logging.getLogger(__name__)
 
 FIELD = "model.start_from"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -273,6 +276,8 @@ def fitted(start: StartFrom, architecture: Architecture, classes: Sequence[str])
     start = replace(start, numbers=sum(changed.values()), replaced=replaced)
     same = {name: tuple(x.shape) for name, x in start.head.items()} == sizes
     if same and start.classes in (None, tuple(classes)):
+        if start.classes is None and start.head and architecture.class_rows != ():
+            log.warning("%s: its head is taken by number, for %s: adapters name no classes", FIELD, ", ".join(classes))
         return start
     # A head of other classes was another one before training too.
     what = f"{start.what}, without its head, which is for other classes"
@@ -295,7 +300,10 @@ def merged(tensors: Tensors, start: StartFrom | None, architecture: Architecture
         known = matrices_checksum(packed(merged(tensors, origin.start, architecture)))
         if known != origin.backbone:
             allowed = "a run of the same model; the weights of model.path are others than those with which it began"
-            raise UserError(FIELD, start.place, allowed, "set model.path to the model that it trained")
+            advice = "set model.path to the model that it trained"
+            if architecture.class_rows != ():
+                advice += ", or its exported folder if it is of a version that did not sort a checkpoint's classes"
+            raise UserError(FIELD, start.place, allowed, advice)
     found, module = dict(tensors), skeleton(architecture)
     experts, turned = _expert_places(module), _turned(start, module)
     rounded = quantised_in(tensors)

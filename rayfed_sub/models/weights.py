@@ -32,6 +32,7 @@ from rayfed_sub.models.quantisation import (
     turned,
 )
 from rayfed_sub.models.quantised import Quantised, empty, parts_of, quantised, quantised_in
+from rayfed_sub.models.targets import layer_size, linear_layers
 from rayfed_sub.models.text_to_text import KIND, LANGUAGE, text_to_text
 
 if TYPE_CHECKING:
@@ -282,13 +283,20 @@ def _pretrained(model: Model, architecture: Architecture) -> tuple[nn.Module, se
 
 
 def _without_other_classes(module: nn.Module, architecture: Architecture, lacking: set[str]) -> set[str]:
-    """Puts the rows of the checkpoint's head, if it has one, into the order of the classes (`class_rows`).  Gives the
-    names of a head's weights for other classes, of the layer that has a row for each."""
+    """Puts the rows of the checkpoint's heads, if it has any, into the order of the classes (`class_rows`).  Gives the
+    names of weights for other classes, of the layers that have a row for each."""
     rows = architecture.class_rows
-    if rows == () or not architecture.shape.head:
+    if rows == ():
         return set()
-    output = [layer for layer in architecture.shape.head if layer.m == architecture.hf_config.num_labels][-1]
-    parts = dict(module.get_submodule(output.name).named_parameters(prefix=output.name))
+    base = f"{getattr(module, 'base_model_prefix', '')}."
+    heads = {layer.name for layer in architecture.shape.head}
+    outputs = dict[str, nn.Module]()  # the last layer of each head: a teacher's, as DeiT's and LeViT's, is another one
+    for name, layer in linear_layers(module):
+        fits = layer_size(layer)[0] == architecture.hf_config.num_labels
+        if fits and (name in heads or not name.startswith(base)):
+            outputs[name.partition(".")[0]] = layer
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    parts = {names[id(parameter)]: parameter for layer in outputs.values() for parameter in layer.parameters()}
     if rows is None:
         return set(parts)
     for name, parameter in parts.items():

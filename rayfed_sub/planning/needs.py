@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from rayfed_sub.config.schema import Config
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.models.quantised import FOUR_BITS, GGUF_FORMS
+from rayfed_sub.planning.sampling import drawn
 from rayfed_sub.planning.traffic import ClientTraffic, Parts, Traffic, first_start
 from rayfed_sub.planning.worker_memory import KERNELS, Lengths, Memory, backbone_bytes, dense_bytes, lengths, worker
 
@@ -192,6 +195,9 @@ def need(parts: Parts, rounds: int = _WALKED, most: int | None = None) -> Need:
     """The needs of a run, from so many rounds with at most so many clients in each."""
     found = parts.first(rounds, most).traffic()
     clients = {k: client for walked in found.rounds for k, client in walked.items()}
+    federation, every = parts.config.federation, np.arange(parts.config.federation.clients)
+    # A round of an asynchronous run has fewer updates than clients that train.
+    under_way = drawn(parts.config, 0, every, parts.cohort) if federation.mode == "async" else []
     return Need(
         config=parts.config,
         method=parts.method,
@@ -199,7 +205,7 @@ def need(parts: Parts, rounds: int = _WALKED, most: int | None = None) -> Need:
         traffic=found,
         size=lengths(parts.dataset, parts.config),
         widest=max(clients, key=lambda k: (clients[k].resident, parts.steps(k)), default=0),
-        steps=max(map(parts.steps, clients), default=1),
+        steps=max(map(parts.steps, [*clients, *under_way]), default=1),
         cohort=max(1, parts.cohort),
         trained=parts.trained,
         backbone=backbone_bytes(parts.architecture) + _widened(parts),

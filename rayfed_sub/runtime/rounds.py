@@ -232,7 +232,10 @@ def _beginning(done: int, folder: RunFolder, job: Job, ask: Callable[[str], Any]
         return beginning
     if before is not None and before.backbone != backbone:
         allowed = f"the weights with which the run in {folder.place.display_name()} began; these are others"
-        raise UserError("model.path", config.model.path, allowed, "restore them, or begin anew in another folder")
+        advice = "restore them, or begin anew in another folder"
+        if job.architecture.class_rows != ():
+            advice = "begin anew in another folder, if the run is of a version that did not sort a checkpoint's classes"
+        raise UserError("model.path", config.model.path, allowed, advice)
     beginning = folder.go_on(done)
     notify(Notice(f"going on after round {done} of {config.federation.rounds}"))
     then = {**beginning.versions, **beginning.environment}

@@ -322,7 +322,8 @@ def load_sweep(
 
 def _common(tree: Mapping[str, Any], axes: Iterable[str]) -> dict[str, Any]:
     """The tree without keys that have an effect only at some points of a space with these keys."""
-    varied = [need for need in NEEDS if {*need[:2]} & set(axes)]
+    below = tuple(f"{axis}." for axis in axes)  # an axis may be a section
+    varied = [need for need in NEEDS if any(f"{key}.".startswith(below) for key in need[:2])]
     return effective(overridden(tree, []), varied)
 
 

@@ -54,7 +54,7 @@ def trial(given: Mapping[str, Any], sweep: Trials, inputs: SharedInputs, trials:
     def notify(record: object) -> None:
         """The last round is reported with the summary."""
         if isinstance(record, Started) and not record.round:
-            untrained.update({f"{name}_before": score for name, score in record.metrics.items()})
+            untrained.update(_before(record.metrics))
             tune.report(_progress(0, rounds, record.metrics, kind))
         if isinstance(record, RoundDone) and record.scores and record.row.round + 1 != rounds:
             scores = {**overall(record.scores), **untrained}
@@ -65,8 +65,18 @@ def trial(given: Mapping[str, Any], sweep: Trials, inputs: SharedInputs, trials:
         if (place.path / "config.yaml").exists():
             done = summary_of(place.path, job.config, same)
             check_inputs(place.path, job.dataset.fingerprint, job.code, job.begun)
-        summary = done or carry_out(job, shared, opened(place, job.config, same), notify, began, crew=_CREW)
+        if done is None:
+            folder = opened(place, job.config, same)
+            if (first := folder.beginning()) is not None:
+                untrained.update(_before(overall(first.scores)))
+            done = carry_out(job, shared, folder, notify, began, crew=_CREW)
+        summary = done
         tune.report(_end(summary, kind, place.path, sweep.search.score))
+
+
+def _before(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Scores of the untrained model by their names in a summary."""
+    return {f"{name}_before": score for name, score in metrics.items()}
 
 
 def _progress(round: int, rounds: int, metrics: Mapping[str, float], kind: str) -> dict[str, Any]:

@@ -106,6 +106,16 @@ def test_folders_of_images_by_client(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (Counter(pairs.keys), pairs.class_names) == ({"a": 4, "b": 6}, ("cross", "disc"))
 
 
+def test_client_whose_name_begins_like_a_split_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device, perhaps."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for number, client in enumerate(("dev1", "dev2")):
+        (tmp_path / "set" / client / "disc").mkdir(parents=True)
+        drawn("disc", number).save(tmp_path / "set" / client / "disc" / "0.png")
+    task = Task(name="table", path=str(tmp_path / "set"), image="image", label="label")
+    assert Counter(load_pairs(task, dealt(2, kind="files")).keys) == {"dev1": 1, "dev2": 1}
+
+
 def test_folders_of_images_by_client_in_folders_of_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits are no clients: what lies in test is held out.  Text beside images is no row."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -295,6 +295,19 @@ def test_head_of_a_checkpoint_keeps_its_classes(kind: str, tmp_path: Path) -> No
             torch.testing.assert_close(found, wanted[order])
 
 
+def test_both_heads_of_a_model_with_a_teacher_keep_their_classes(tmp_path: Path) -> None:
+    """Their logits are averaged."""
+    sizes = {name: number for name, number in VIT.items() if name != "type"}
+    config = transformers.DeiTConfig(**sizes, id2label={0: "yes", 1: "no"})
+    whole = transformers.DeiTForImageClassificationWithTeacher(config).eval()
+    whole.save_pretrained(tmp_path)
+    model, pixels = Model(path=str(tmp_path)), torch.rand(2, 3, 32, 32)
+    bones = architecture(model, "image-classification", ("no", "yes"))
+    with torch.no_grad():
+        found = assemble(bones, load_weights(model, bones, seed=0))(pixels).logits
+        torch.testing.assert_close(found, whole(pixels).logits[:, [1, 0]])
+
+
 def test_head_for_other_classes_is_drawn_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As where their number is another one.  A model of the caller's own keeps its tensors, in their order."""
     config = transformers.BertConfig(**SMALL, vocab_size=64, id2label={0: "no", 1: "yes", 2: "maybe"})

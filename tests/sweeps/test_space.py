@@ -115,6 +115,7 @@ def test_points_leave_out_keys_that_have_no_effect_there() -> None:
         ("federation.mode: {grid: [sync, async]}", "federation.asynchronous.buffer=2", ["null", "2"]),
         ("federation.mode: {grid: [sync, semi-sync]}", "federation.local_seconds=9.0", ["null", "9.0"]),
         ("federation.mode: {grid: [sync, async]}", "federation.round_deadline=9.0", ["9.0", "null"]),
+        ("optimizer: {grid: [{name: sgd}, {name: adamw}]}", "optimizer.momentum=0.9", ["0.0", "0.0"]),
         (
             "federation.asynchronous.rule: {grid: [fedbuff, fedasync]}",
             "federation.asynchronous.buffer=2",
