@@ -188,7 +188,7 @@ class Display:
 
     @property
     def _of(self) -> str:
-        """What stands behind a round's number."""
+        """The number of rounds, as it follows a round's own."""
         return f"/{self._rounds}" if self._rounds < _COUNTED else ""
 
     def _line(self, first: str, *cells: str, style: str = "") -> None:

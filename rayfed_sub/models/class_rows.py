@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _UNNAMED = re.compile(r"LABEL_\d+")
-"""What transformers calls classes that nobody has named."""
+"""Names that transformers gives to classes without one."""
 
 
 def named_classes(hf_config: Any) -> tuple[str, ...]:

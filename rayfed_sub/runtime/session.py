@@ -182,7 +182,7 @@ def _folder(old: Place | None, place: Place | None, job: Job) -> RunFolder:
 
 
 def _notices(config: Config, job: Job) -> Iterator[Notice]:
-    """What a run says before it begins; config: of which the job is, as it was asked for."""
+    """Notices of a run before it begins.  config: that of the job, as it was asked for."""
     if job.architecture.one_at_a_time:
         yield _one_at_a_time(job.architecture)
     asked, default = config.federation, Federation.model_fields["local_steps"].default
