@@ -20,6 +20,7 @@ from rayfed_sub.core.text import (
     UNDEFINED,
     UNREAD,
     best_in_words,
+    count,
     is_named,
     problem_of,
     published_name,
@@ -347,7 +348,7 @@ def _extent(federation: Federation) -> str:
     clients = f"{federation.cohort:,} of {federation.clients:,} clients"
     if federation.mode != "async":
         return f"{_rounds(federation.rounds or 0)} of {steps}, {clients} each"
-    updates = f"{federation.updates:,} update{'s' if federation.updates != 1 else ''}"
+    updates = count("update", federation.updates)
     return f"{_rounds(federation.rounds or 0)} with {updates} of {steps} each, {clients} under way at a time"
 
 

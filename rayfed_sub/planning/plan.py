@@ -15,7 +15,7 @@ from typing import Any, cast
 from rayfed_sub.clock.device_presets import memory_of
 from rayfed_sub.clock.fleet import fleet_of
 from rayfed_sub.core.errors import RunError, UserError
-from rayfed_sub.core.text import megabytes
+from rayfed_sub.core.text import count, megabytes
 from rayfed_sub.planning.fit import Fit, check_fits, fits, roomy, settled
 from rayfed_sub.planning.job import Job
 from rayfed_sub.planning.machines import Machine, free_memory, gpu_here, machine_named
@@ -218,7 +218,7 @@ def _device_notes(parts: Parts, needed: Need, tensors: int) -> Iterable[str]:
             who = f"{clients} of {federation.clients} clients ({name}, {megabytes(memory)})"
             yield f"{who} cannot hold {held} at least."
     if federation.mode == "async":
-        updates = "1 update" if federation.updates == 1 else f"{federation.updates} updates"
+        updates = count("update", federation.updates)
         yield (
             f"A round is a step of the server, with {updates}. Whose, and from which version, follows from the clock: "
             "downloads are those of clients that are drawn for the step and begin with it. Bytes of clients that are "
