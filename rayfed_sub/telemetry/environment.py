@@ -30,8 +30,8 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit_of(folder: Path) -> str | None:
-    """The commit of a checkout, followed by `.changed` where files differ from it; None of another folder, also where
-    one above it is a checkout."""
+    """The commit of a checkout, followed by `.changed` where Python files differ from it (a study rewrites its tables
+    while it runs); None of another folder, also where one above it is a checkout."""
     git = shutil.which("git")
     if git is None or not (folder / ".git").exists():
         return None
@@ -44,7 +44,7 @@ def commit_of(folder: Path) -> str | None:
 
     try:
         commit = said("rev-parse", "--short=8", "HEAD")
-        return (commit + (".changed" if said("status", "--porcelain", "-uno") else "")) or None
+        return (commit + (".changed" if said("status", "--porcelain", "-uno", "--", "*.py") else "")) or None
     except subprocess.TimeoutExpired:  # a folder of a slow file system
         return None
 
