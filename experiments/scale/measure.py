@@ -9,10 +9,10 @@ processes to these as they come to read more of the object store's pages.  Disk 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import statistics
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from rayfed_sub import load_config, run
+from rayfed_sub import UserError, load_config, run
 from rayfed_sub.cli.run_view import print_table, size
 from rayfed_sub.telemetry.events import RoundDone, Started
 
@@ -61,7 +61,15 @@ def _memory() -> tuple[list[int], int]:
     return [sum(m.pss for m in found) for found in memory.values()], sum(m.uss for f in memory.values() for m in f)
 
 
-def main(overrides: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of rayfed-sub run")
+    overrides = parser.parse_args().overrides
+    try:
+        for clients in COUNTS:
+            load_config(HERE / "clients.yaml", [f"federation.clients={clients}", *overrides])
+    except UserError as error:
+        parser.error(str(error))
     rows, table = [], []
     for clients in COUNTS:
         config = load_config(HERE / "clients.yaml", [f"federation.clients={clients}", *overrides])
@@ -80,4 +88,4 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 Listing = tuple[tuple[str, ...], list[tuple[object, ...]]]
@@ -69,32 +70,33 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     | --- | --- |
     | `fedftg` | yes |
     """
-    truth = {True: "yes", False: "no"}
-    columns, rows = grouped(columns, rows)
-    body = [
-        [f"`{name}`", *(truth[x] if isinstance(x, bool) else x for x in rest)]
-        if any(x != "" for x in rest)
-        # a row of a name alone is a heading
-        else [f"**{name}**", *rest]
-        for name, *rest in rows
-    ]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [columns, ["---"] * len(columns), *body])
+    truth, body = {True: "yes", False: "no"}, list[list[object]]()
+    left, groups = families(columns, rows)
+    for family, members in groups:
+        if family:
+            body.append([f"**{family}**", *[""] * (len(left) - 1)])
+        body += [[f"`{name}`", *(truth[x] if isinstance(x, bool) else x for x in rest)] for name, *rest in members]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [left, ["---"] * len(left), *body])
 
 
-def grouped(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Listing:
-    """The listing without its column FAMILY, if it has one, and with a row of a family's name alone before its first.
+def families(
+    columns: Sequence[str], rows: Sequence[Sequence[object]]
+) -> tuple[tuple[str, ...], list[tuple[str, list[tuple[object, ...]]]]]:
+    """The columns without FAMILY, and each family's name and rows; all rows under no name where there is no family.
 
-    >>> grouped(("name", "exact", "family"), [("fedftg", True, "subspaces"), ("fedkrso", True, "subspaces")])
-    (('name', 'exact'), [('subspaces', ''), ('fedftg', True), ('fedkrso', True)])
+    >>> families(("name", "family"), [("fedftg", "subspaces"), ("fedkrso", "subspaces"), ("fedavg", "dense")])
+    (('name',), [('subspaces', [('fedftg',), ('fedkrso',)]), ('dense', [('fedavg',)])])
+    >>> families(("name",), [("tiny",)])
+    (('name',), [('', [('tiny',)])])
     """
-    if FAMILY not in columns:
-        return tuple(columns), [tuple(row) for row in rows]
-    at, found = list(columns).index(FAMILY), list[tuple[object, ...]]()
-    for i, row in enumerate(rows):
-        if i == 0 or rows[i - 1][at] != row[at]:
-            found.append((row[at], *[""] * (len(columns) - 2)))
-        found.append((*row[:at], *row[at + 1 :]))
-    return (*columns[:at], *columns[at + 1 :]), found
+    at = list(columns).index(FAMILY) if FAMILY in columns else None
+
+    def without(row: Sequence[object]) -> tuple[object, ...]:
+        return tuple(row) if at is None else (*row[:at], *row[at + 1 :])
+
+    left = tuple(name for name in columns if name != FAMILY)
+    groups = groupby(rows, key=lambda row: "" if at is None else str(row[at]))
+    return left, [(family, [without(row) for row in members]) for family, members in groups]
 
 
 LISTINGS: dict[str, Callable[[], Listing]] = {

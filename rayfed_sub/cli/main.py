@@ -416,7 +416,7 @@ def list_(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="as a table for a document")] = False,
 ) -> None:
     """List the methods, facts to choose one by, hooks, tasks or model presets."""
-    from rayfed_sub.cli.listings import LISTINGS, grouped, markdown
+    from rayfed_sub.cli.listings import LISTINGS, families, markdown
 
     if what not in LISTINGS:
         raise unknown_word("WHAT", what, list(LISTINGS))
@@ -428,7 +428,11 @@ def list_(
     else:
         from rayfed_sub.cli.run_view import print_table
 
-        print_table(*grouped(columns, rows))
+        left, groups = families(columns, rows)
+        for family, members in groups:
+            if family:
+                typer.echo(f"\n{family}")
+            print_table(left, members, whole=True)
 
 
 class _Ended(Exception):  # noqa: N818
@@ -482,6 +486,10 @@ def _code(elsewhere: Callable[[], int | None] | None = None) -> int:
     except RunError as error:
         print(f"rayfed-sub: {error}", file=sys.stderr)
         return 1
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        return 1  # `| head` has seen enough, at which Rich and Typer end the process
     except _Ended as ended:
         return ended.code
     if code == 130:

@@ -259,12 +259,15 @@ def _scores(metrics: Mapping[str, float], problem: str) -> Iterable[tuple[str, s
         yield score(name, problem), f"{' -> '.join(words)}{why}"
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], console: Console | None = None) -> None:
-    """A table as wide as its rows need, folded only on a narrower terminal."""
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], console: Console | None = None, *, whole: bool = False
+) -> None:
+    """A table as wide as its rows need, folded only on a narrower terminal; whole: but for its first column, of names
+    that a person copies."""
     console = console or Console()
     if not console.is_terminal:  # Rich would assume 80 columns
         console = Console(file=console.file, width=1000)
-    table = Table(*(Column(Text(name), overflow="fold") for name in columns))
+    table = Table(*(Column(Text(name), overflow="fold", no_wrap=whole and i == 0) for i, name in enumerate(columns)))
     for row in rows:
         table.add_row(
             *(Text({True: "yes", False: "no"}[cell] if isinstance(cell, bool) else str(cell)) for cell in row)

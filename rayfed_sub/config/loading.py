@@ -203,42 +203,42 @@ def yaml_text(tree: Mapping[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file.  Raises UserError where it is none."""
+def read_yaml(path: Path, named: str = "CONFIG") -> dict[str, Any]:
+    """The keys of a YAML file.  named: the argument or key that names it.  Raises UserError where it is none."""
     if not path.is_file():
-        raise UserError("CONFIG", str(path), "a YAML file that exists", "check the path")
+        raise UserError(named, str(path), "a YAML file that exists", "check the path")
     try:
         text = path.read_text(encoding="utf-8")
-        tree = _parsed(path, text)
+        tree = _parsed(path, text, named)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         cause = str(error).replace('"<unicode string>", ', "")
-        raise UserError("CONFIG", str(path), "a readable file of valid YAML", cause) from None
+        raise UserError(named, str(path), "a readable file of valid YAML", cause) from None
     if not isinstance(tree, dict):
-        raise UserError("CONFIG", str(path), "a YAML mapping of keys to values", "see experiments/tiny.yaml")
+        raise UserError(named, str(path), "a YAML mapping of keys to values", "see experiments/tiny.yaml")
     return tree
 
 
-def _parsed(path: Path, text: str) -> Any:
+def _parsed(path: Path, text: str, named: str) -> Any:
     """The tree.  Raises YAMLError, and UserError for a key that stands twice."""
     loader = Loader(text)
     try:
         root = loader.get_single_node()
-        _check_repeats(path, root)  # before the tree is made, which writes merged keys (`<<`) into the nodes
+        _check_repeats(path, root, named)  # before the tree is made, which writes merged keys (`<<`) into the nodes
         return None if root is None else loader.construct_document(root)
     finally:
         loader.dispose()
 
 
-def _check_repeats(path: Path, node: yaml.Node | None, parent: str = "") -> None:
+def _check_repeats(path: Path, node: yaml.Node | None, named: str, parent: str = "") -> None:
     """UserError for a key that stands twice in one place: YAML would silently take the last."""
     seen = set()
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         name = f"{parent}{key.value}"
         if name in seen:
             allowed = f"each key once; {name} stands again in line {key.start_mark.line + 1}"
-            raise UserError("CONFIG", str(path), allowed, "put them together")
+            raise UserError(named, str(path), allowed, "put them together")
         seen.add(name)
-        _check_repeats(path, value, f"{name}.")
+        _check_repeats(path, value, named, f"{name}.")
 
 
 def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from rayfed_sub.reports.run_reader import Run
 
 def devices_in(path: Path) -> Devices:
     """The section `devices` of a YAML file, or the file itself where it is nothing else.  Raises UserError."""
-    tree = read_yaml(path)
+    tree = read_yaml(path, "--devices")
     return check(Devices, tree.get("devices", tree), "devices")
 
 

@@ -144,7 +144,7 @@ class Part:
 
 def load_study(path: Path) -> Study:
     """The checked study from its YAML file.  Raises UserError for keys and values that are not valid."""
-    tree = read_yaml(path)
+    tree = read_yaml(path, "STUDY.yaml")
     if "sweep" in tree or not tree.keys() & Written.model_fields.keys():
         check_kind(path, tree, "study")
     for key in ("base", "results"):
@@ -210,7 +210,7 @@ def counted_trials(study: Study, variant: str, more: Sequence[str], value: Any) 
 def check_trials(study: Study, more: Sequence[str]) -> None:
     """UserError for a run whose configuration is not valid, and for keys of a table of hours that no run is in; more:
     overrides of all runs."""
-    base, timed = read_yaml(study.base), set[str]()
+    base, timed = read_yaml(study.base, "study.base"), set[str]()
     for variant in study.variants:
         value = study.tune.values[0] if study.tune else None
         for trial in (*tuning_trials(study, variant, more), *counted_trials(study, variant, more, value)):

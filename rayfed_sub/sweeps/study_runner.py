@@ -84,7 +84,7 @@ def run_study(
     results = Results(study, folder)
     check_model(study, results.found.rows, overrides)
     make(study.results, "study.results")
-    tree = read_yaml(study.base)
+    tree = read_yaml(study.base, "study.base")
     with joined():
         chosen: dict[str, Any] = {}
         if study.tune is not None:

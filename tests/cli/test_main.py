@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 from typing import Any, NoReturn
 
 import pytest
@@ -43,3 +44,26 @@ def test_fault_that_nobody_catches_is_shown_and_told(
     assert caught.value.code == code
     assert front.codes == [code]
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cause", [BrokenPipeError(), None])
+def test_only_a_closed_pipe_ends_the_command_in_silence(
+    cause: BrokenPipeError | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `| head`: Rich and Typer then ask the process to end, from within their handling of the error."""
+
+    def ends(**_: Any) -> NoReturn:
+        try:
+            if cause is not None:
+                raise cause
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904
+        raise SystemExit(1)
+
+    monkeypatch.setattr(main, "app", ends)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    if cause is not None:
+        assert main._code() == 1
+    else:
+        with pytest.raises(SystemExit):
+            main._code()

@@ -167,7 +167,7 @@ def test_study_does_not_mix_models() -> None:
             r"study\.tune\.more: got .*; allowed: nothing where study\.tune\.values are no",
         ),
         (f"{BASE}variants: {{a: []}}\nresults: 3\n", r"study\.results: got 3; allowed: a path"),
-        ("variants: [", "CONFIG: got"),
+        ("variants: [", r"STUDY\.yaml: got"),
     ],
 )
 def test_error_in_a_study_is_one_line(tmp_path: Path, text: str, message: str) -> None:
