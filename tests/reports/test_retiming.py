@@ -9,7 +9,7 @@ import pytest
 from rayfed_sub.config.schema import Device, Devices
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.reports import retiming
-from rayfed_sub.reports.retiming import retimed
+from rayfed_sub.reports.retiming import devices_in, retimed
 from rayfed_sub.reports.run_reader import read_run
 from tests.helpers.written_runs import STEPS, write_run
 
@@ -29,6 +29,11 @@ def test_run_whose_clock_chose_its_clients_is_not_told_again(leaving: str, tmp_p
 def test_run_with_devices_that_stay_is_told_again(tmp_path: Path) -> None:
     stayed = read_run(write_run(tmp_path / "stayed", f"devices.classes={{board: {BOARD}}}", rounds=3))
     assert retimed(stayed, OTHERS)["round_ended"].max() == 3 * STEPS * 2.0
+
+
+def test_missing_file_of_devices_has_its_options_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--devices: got .*none\.yaml'; allowed: a YAML file that exists"):
+        devices_in(tmp_path / "none.yaml")
 
 
 def test_run_without_its_clients_is_not_told_again(tmp_path: Path) -> None:
