@@ -89,14 +89,15 @@ def families(
     >>> families(("name",), [("tiny",)])
     (('name',), [('', [('tiny',)])])
     """
-    at = list(columns).index(FAMILY) if FAMILY in columns else None
+    if FAMILY not in columns:
+        return tuple(columns), [("", [tuple(row) for row in rows])]
+    at = list(columns).index(FAMILY)
 
-    def without(row: Sequence[object]) -> tuple[object, ...]:
-        return tuple(row) if at is None else (*row[:at], *row[at + 1 :])
+    def left(row: Sequence[Any]) -> tuple[Any, ...]:
+        return (*row[:at], *row[at + 1 :])
 
-    left = tuple(name for name in columns if name != FAMILY)
-    groups = groupby(rows, key=lambda row: "" if at is None else str(row[at]))
-    return left, [(family, [without(row) for row in members]) for family, members in groups]
+    groups = groupby(rows, key=lambda row: str(row[at]))
+    return left(columns), [(family, [left(row) for row in members]) for family, members in groups]
 
 
 LISTINGS: dict[str, Callable[[], Listing]] = {
