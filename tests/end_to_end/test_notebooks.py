@@ -72,6 +72,17 @@ def test_links_resolve(name: str) -> None:
     assert [target for target in local if not (FOLDER / target).exists()] == []
 
 
+@every_notebook
+def test_files_that_are_named_exist(name: str) -> None:
+    """`../file` in code; `room/file.py` of the package or of the repository in text."""
+    code = "\n".join(sources(name))
+    gone = [path for path in re.findall(r"[\"'](\.\./[\w./-]+)", code) if not (FOLDER / path).exists()]
+    text = "\n".join(cell.source for cell in cells(name, "markdown"))
+    named = re.findall(r"`([\w-]+(?:/[\w.-]*)+)`", text)
+    gone += [path for path in named if not any((place / path).exists() for place in (ROOT, ROOT / "rayfed_sub"))]
+    assert [path for path in gone if not path.startswith("runs/")] == []
+
+
 @pytest.mark.slow
 @every_notebook
 def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,8 +92,16 @@ def test_packed_weights_train_as_their_dense_ones(
         ways.append(run(config_of(table, *method, model), tmp_path / way))
     assert ways[0].weights_sha256 == ways[1].weights_sha256
     assert ways[0].metrics == ways[1].metrics
-    export_hf(tmp_path / "none", tmp_path / "hf")
-    export_peft(tmp_path / "none", tmp_path / "peft")  # transformers loads model.path itself as it is quantised
+
+
+@pytest.mark.slow
+def test_adapter_over_a_quantised_checkpoint_is_the_whole_model(table: Path, tmp_path: Path) -> None:
+    """It has its dense base beside it: transformers loads model.path itself as it is quantised."""
+    _saved(job_of(config_of(table, "model.quantize=nf4")), tmp_path / "model")
+    model = f"model={{path: '{tmp_path}/model', quantize: none, dtype: bfloat16}}"
+    run(config_of(table, model), tmp_path / "run")
+    export_hf(tmp_path / "run", tmp_path / "hf")
+    export_peft(tmp_path / "run", tmp_path / "peft")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     torch.testing.assert_close(logits(loaded(tmp_path / "peft").float()), logits(whole), rtol=1e-4, atol=1e-5)
     assert "from_pretrained('base', dtype=" in (tmp_path / "peft" / "README.md").read_text()

@@ -406,23 +406,36 @@ FIRST = {  # wire numbers per layer of a client that joins after one round of on
 }
 
 
+def test_every_method_has_the_formula_of_its_first_download() -> None:
+    assert set(FIRST) == set(METHODS)
+
+
 @every_method
 @pytest.mark.parametrize("make", [llama, bert])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_tensors_that_follow_from_pretrained_weights_and_seed_are_not_downloaded(
-    name: str, make: object, mixed: bool
-) -> None:
-    """Before round 0 no client downloads anything, the classifier's head included, nor after a round without a change;
-    a client that joins before round 1 downloads the change, with the head: a server that mixes sends complete dense
-    weights."""
+def test_nothing_is_downloaded_before_anything_is_learned(name: str, make: object, mixed: bool) -> None:
+    """No client downloads anything before round 0, a classifier's head included, nor after a round without change."""
     tiny: Tiny = make()  # type: ignore[operator]
     method, new = made(name), Client(7, 0)
     server = method.init_server(tiny.weights, tiny.shape, seed=0)
     still = method.aggregate(server, method.accumulator(server, tiny.shape), tiny.shape)
     assert downloaded(method, server, tiny.shape, new, -1, learned=False, mixed=mixed) == 0
     assert downloaded(method, still, tiny.shape, new, -1, learned=False, mixed=mixed) == 0
-    after = walk(method, tiny, server, clients_data(tiny, 1), weights=[1]).server
     assert unchanged(method, server, still) == (name != "fedsvd")  # which factorises anew after every round
+
+
+@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("make", [llama, bert])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_tensors_that_follow_from_pretrained_weights_and_seed_are_not_downloaded(
+    name: str, make: object, mixed: bool
+) -> None:
+    """A client that joins before round 1 downloads the change, with the head: a server that mixes sends complete dense
+    weights."""
+    tiny: Tiny = make()  # type: ignore[operator]
+    method, new = made(name), Client(7, 0)
+    server = method.init_server(tiny.weights, tiny.shape, seed=0)
+    after = walk(method, tiny, server, clients_data(tiny, 1), weights=[1]).server
     assert not unchanged(method, server, after)
     head = sum(tiny.weights[key].numel() for key in tiny.shape.head_names)
     dense = mixed and any(f"{t.name}/weight" in method.broadcast(server).tensors for t in tiny.shape.targets)
