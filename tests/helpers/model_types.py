@@ -488,7 +488,8 @@ initial weights are, were chosen so that gradients lie clear of rounding, which 
 - gradient: every target moves in one step; of experts those that are sent a token.
 - pack of three: clients trained together as each alone, "same bits", or to 1e-5 ("yes"); "one at a time" where layers
   see something else than row after row, so that packs have one client. What a run relies on is the
-  shorter list that more tests hold (`SAME_IN_ANY_PACK` and `CLASSIFIERS_IN_ANY_PACK` in `models/presets.py`).
+  shorter list that more tests hold (`SAME_IN_ANY_PACK` and `CLASSIFIERS_IN_ANY_PACK` in `models/presets.py`); outside
+  it the processor decides which of the two it is, for its kernels round as they do.
 - FedFTG, FedIT: change of all targets equal to that of galore-torch and peft, to 1e-4.
 - export: the written folder, loaded by transformers, has the logits of the trained weights, to 1e-5; of models that
   see or hear every other weight is as it was, to the bit.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rayfed_sub.models.architecture import skeleton
+from rayfed_sub.models.presets import CLASSIFIERS_IN_ANY_PACK, SAME_IN_ANY_PACK
 from rayfed_sub.models.weights import ruled
 from tests.helpers.model_types import MAPPINGS, PAGE, Verdict, built, judged, page, stored, types_of
 
@@ -84,8 +85,12 @@ def test_batch_normalization_of_tokens_as_an_image_has_each_row_s_own_gradient()
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_every_type_is_as_the_table_says(name: str, kind: str) -> None:
-    """Where this fails after a change, `make models` makes the table anew."""
-    assert judged(name, kind) == STORED[name, kind]
+    """Where this fails after a change, `make models` makes the table anew.  Outside the lists that a run relies on,
+    kernels of another processor may round a pack otherwise."""
+    found, told = judged(name, kind), STORED[name, kind]
+    if name not in SAME_IN_ANY_PACK | CLASSIFIERS_IN_ANY_PACK:
+        found, told = (replace(one, pack=one.pack.replace("same bits", "yes")) for one in (found, told))
+    assert found == told
 
 
 def test_table_has_all_types_and_the_page_is_made_of_it() -> None:
