@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayfed_sub.config.checks import no_validation, not_given
-from rayfed_sub.config.schema import GIVEN, Federation, Task
+from rayfed_sub.config.schema import GIVEN, Federation, Partition, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.assignment import Assignment, NumberedClients, row_dtype
 from rayfed_sub.data.batching import AnyRows
 from rayfed_sub.data.fingerprint import Fingerprint, fingerprint
 from rayfed_sub.data.given import GivenRows, check_left, given_table, own_pairs
 from rayfed_sub.data.kept import kept
-from rayfed_sub.data.objects import AsTheyAre
+from rayfed_sub.data.objects import AsTheyAre, Objects
 from rayfed_sub.data.pairs import Kind, Pairs, canonical, distinct, ordered
 from rayfed_sub.data.partitions import key_column, partitioned
 from rayfed_sub.data.prepared import Prepared, prepared
@@ -157,6 +157,43 @@ def load_dataset(
         raise UserError("data", f"{federation.clients} clients", error.allowed, advice) from None
 
 
+def own_rows(
+    task: Task, federation: Federation, processor: Processor, problem: str, classes: Sequence[str], client: int
+) -> Dataset:
+    """The rows of `task` as those of one client of the federation, all of them to train on: an own official split or
+    share is not held out of them.
+
+    problem, classes: of the federation's rows, in whose order the classes are numbered; the client's may lack some.
+    Raises UserError as `load_dataset`, and (task.label) for other classes.
+    """
+    changes: dict[str, object] = {"validation": (), "test": (), "split_column": None, "max_rows": None}
+    changes |= {"problem": problem} if filled(task).label is not None else {}
+    task = task.model_copy(update=changes)
+    alone = federation.model_copy(update={"clients": 1, "partition": Partition(kind="iid")})
+    found = kept(task, alone, processor, lambda: prepared(load_pairs(task, alone), task, alone, processor))
+    if strange := [name for name in found.class_names if name not in classes]:
+        allowed = f"rows of the classes {', '.join(classes) or '(none)'}; these have {', '.join(strange)}"
+        raise UserError("task.label", task.label, allowed, "leave these rows out, or name their classes as the others")
+    found = _numbered_as(found, classes)
+    every, none = np.arange(len(found)), np.empty(0, np.int64)
+    dataset = _of_splits(found, Splits(every, none, none, none), none, NumberedClients(1), alone, 0, "")
+    begins = np.arange(federation.clients + 1) > client
+    return replace(dataset, client_offsets=begins * dataset.client_offsets[-1])
+
+
+def _numbered_as(found: Prepared, classes: Sequence[str]) -> Prepared:
+    """The rows with their classes numbered in the order of `classes`, which has all of theirs."""
+    if not found.class_names or isinstance(found.rows, Objects):
+        return found
+    places, told = np.array([classes.index(name) for name in found.class_names]), found.rows.classes
+    if found.kind == "multi-label":
+        targets = np.zeros((len(told), len(classes)), told.dtype)
+        targets[:, places] = told
+    else:
+        targets = places[told]
+    return replace(found, rows=replace(found.rows, classes=targets), class_names=tuple(classes))
+
+
 def load_pairs(task: Task, federation: Federation, given: GivenRows | None = None, *, own: bool = False) -> Pairs:
     """The task's rows as text, with the keys by which `federation` deals them out, in canonical order; repeats are
     dropped.  own: the given rows are read by nobody but the caller's own functions."""
@@ -185,12 +222,25 @@ def build_dataset(
 
 def dealt_out(found: Prepared, task: Task, federation: Federation, seed: int, judged: Judged = "held-out") -> Dataset:
     """The data set of prepared rows: their splits, and the clients' shares."""
-    rows, sizes, cuts = found.rows, found.sizes, found.cuts
     names = found.client_names or NumberedClients(federation.clients)
     split = split_rows(found.asked, found.keys, task, found.splits)
     chosen = split.held_out if judged == "held-out" else split.validation
     if not len(chosen):
         raise no_validation()
+    return _of_splits(found, split, chosen, names, federation, seed, _split_name(task, judged, found.splits.names))
+
+
+def _of_splits(
+    found: Prepared,
+    split: Splits,
+    chosen: Ints,
+    names: Sequence[str],
+    federation: Federation,
+    seed: int,
+    split_name: str,
+) -> Dataset:
+    """chosen: the units that are judged; names: of the clients."""
+    rows, sizes, cuts = found.rows, found.sizes, found.cuts
     key_names, keys = numbered(found.keys)
     dealt = partitioned(found.keys.take(split.train), names, federation, seed)
     judged_by = judged_clients(keys[chosen], keys[split.train], key_names, dealt, seed)
@@ -236,7 +286,7 @@ def dealt_out(found: Prepared, task: Task, federation: Federation, seed: int, ju
             deep=found.deep,
         ),
         fingerprint=fingerprint(found.digest, found.hashes, splits, names, dealt, judged_by),
-        split=_split_name(task, judged, found.splits.names),
+        split=split_name,
     )
 
 

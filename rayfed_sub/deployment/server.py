@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from rayfed_sub.core.arrays import add_to_digest, settled
-from rayfed_sub.core.errors import RunError
+from rayfed_sub.core.errors import RunError, UserError
 from rayfed_sub.core.finite import not_finite
 from rayfed_sub.core.types import Client, ServerState, Tensors, Update
 from rayfed_sub.deployment import deltas
@@ -57,7 +57,13 @@ def begin(
     setup: Setup, weights: Mapping[str, Tensor], checkpoint: tuple[ServerState, Tensors] | None = None
 ) -> Federation:
     """The federation before its first round, from the pretrained weights or from where a simulation has come: its
-    server, and the server optimizer's memory."""
+    server, and the server optimizer's memory.
+
+    Raises UserError (federation.rounds) where no round is left."""
+    rounds, done = setup.config.federation.rounds or 0, 0 if checkpoint is None else checkpoint[0].round
+    if rounds <= done:
+        allowed = f"more than {done}, the rounds of the checkpoint"
+        raise UserError("federation.rounds", rounds, allowed, f'add --run-config "federation.rounds={2 * done}"')
     first = initial(setup, weights)
     server, memory = (first, {}) if checkpoint is None else checkpoint
     return Federation(setup, ServerState(server.round, settled(server.tensors)), deltas.begun(first, server), memory)

@@ -4,18 +4,17 @@ alone; weights and rows follow where they lie."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from rayfed_sub.config.loading import load_config
-from rayfed_sub.config.schema import Config, Partition
+from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import ModelShape, ServerState
-from rayfed_sub.data.dataset import Dataset, load_dataset
+from rayfed_sub.data.dataset import Dataset, load_dataset, own_rows
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.methods import adopted
 from rayfed_sub.methods.protocol import Method
@@ -26,12 +25,14 @@ from rayfed_sub.planning.job import check_settings, model_kind, processor_of
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """config: resolved, with the number of rounds; classes: names of a classification's classes, in their order."""
+    """config: resolved, with the number of rounds; problem: see `config.schema.Problem`; classes: names of a
+    classification's classes, in their order."""
 
     config: Config
     method: Method
     architecture: Architecture
     processor: Processor
+    problem: str
     classes: tuple[str, ...]
 
     @property
@@ -51,7 +52,7 @@ def set_up(config: Config, classes: Sequence[str] = (), problem: str = "classifi
     known = (kind, tuple(classes), processor.vocabulary, processor.pad)
     found = architecture(config.model, *known, problem=problem)
     method.check(found.shape)
-    return Setup(config, method, found, processor, tuple(classes))
+    return Setup(config, method, found, processor, problem, tuple(classes))
 
 
 def run_config(values: Mapping[str, Any]) -> Config:
@@ -92,7 +93,7 @@ def check_deployable(config: Config) -> None:
             "model.start_from",
             config.model.start_from,
             config.model.start_from is not None,
-            "export the start with `--format hf` and set model.path to it",
+            "set model.path to the start as one model, an adapter merged with peft, a run exported with `--format hf`",
         ),
         ("early_stopping.metric", stopping.metric, stopping.metric is not None, "the server has no rows to judge by"),
         ("callbacks", list(config.callbacks), bool(config.callbacks), "the server's strategy is where to add them"),
@@ -122,19 +123,17 @@ def initial(setup: Setup, weights: Mapping[str, Tensor]) -> ServerState:
 def rows_of(setup: Setup, client: int, own: str | Path | None = None) -> Dataset:
     """The data set in which `rows_of(client)` are the client's rows.
 
-    own: a file or folder of the node's own rows, in the columns of the task; None: the client's part of the task's
-    rows, dealt out as in a simulation.  Raises UserError where they cannot be read or have other classes."""
+    own: a file or folder of the node's own rows, in the columns of the task, which may lack some of its classes; None:
+    the client's part of the task's rows, dealt out as in a simulation.  Raises UserError where they cannot be read or
+    have other classes."""
     config = setup.config
     task, federation = config.task, config.federation
     if own is not None:
         task = task.model_copy(update={"path": str(own), "train": None})
-        federation = federation.model_copy(update={"clients": 1, "partition": Partition(kind="iid")})
+        return own_rows(task, federation, setup.processor, setup.problem, setup.classes, client)
     dataset = load_dataset(task, federation, setup.processor, seed=config.seed, judged=config.evaluation.split)
     if dataset.class_names != setup.classes:
         allowed = f"rows of the classes {', '.join(setup.classes) or '(none)'}"
         advice = f"these have {', '.join(dataset.class_names) or 'none'}"
-        raise UserError("rows", str(own or task.path or task.name), allowed, advice)
-    if own is None:
-        return dataset
-    begins = np.arange(config.federation.clients + 1) > client  # all rows are this client's
-    return replace(dataset, client_offsets=begins * dataset.client_offsets[-1])
+        raise UserError("rows", str(task.path or task.name), allowed, advice)
+    return dataset

@@ -76,7 +76,9 @@ def export_flower(
     if checkpoint is not None and checkpoint not in CHECKPOINTS:
         raise unknown_word("--checkpoint", checkpoint, CHECKPOINTS)
     config, classes, problem = _read(source, {"method": method, "hook": hook})
-    config = _absolute(config)
+    config, left = _absolute(config), ""
+    if source.is_dir():
+        config, left = _unwatched(config)
     check_deployable(config)
     own = strangers(config)
     modules = [file for key, name in own.items() for file in _own_files(key, name)]
@@ -104,7 +106,8 @@ def export_flower(
     (to / "README.md").write_text(_readme(config, found), encoding="utf-8")
     (to / ".gitignore").write_text("".join(f"{name}\n" for name in _NOT_SENT), encoding="utf-8")
     shutil.copyfile(_license(), to / "LICENSE")
-    return Export(f"flwr run {to} NAME --stream  # README.md in the app says how to begin")
+    more = f' --run-config "{_more(config, found)}"' if _more(config, found) else ""
+    return Export(f"flwr run {to} NAME --stream{more}  # README.md in the app says how to begin", left or None)
 
 
 def _read(source: Path, given: Mapping[str, str | None]) -> tuple[Config, tuple[str, ...], str]:
@@ -130,6 +133,20 @@ def _read(source: Path, given: Mapping[str, str | None]) -> tuple[Config, tuple[
 def _unjudged(config: Config) -> Config:
     """The configuration without metrics, which an app does not compute: their programs are not loaded."""
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"metrics": ()})})
+
+
+def _unwatched(config: Config) -> tuple[Config, str]:
+    """A run's configuration without what watched its scores, which nobody takes out of its folder any more, and a word
+    on it, "" where nothing did."""
+    watched = [name for name in ("early_stopping", "callbacks") if getattr(config, name) != getattr(Config(), name)]
+    said = f"the app goes without the run's {' and '.join(watched)}: its server has no scores that they could watch"
+    return config.model_copy(update={name: getattr(Config(), name) for name in watched}), said if watched else ""
+
+
+def _more(config: Config, found: checkpoints.Checkpoint | None) -> str:
+    """The setting with which an app goes on from a checkpoint of the last round; "" where rounds are left."""
+    rounds = config.federation.rounds or 0
+    return f"federation.rounds={2 * found.round}" if found is not None and found.round >= rounds else ""
 
 
 def _absolute(config: Config) -> Config:
@@ -420,6 +437,9 @@ def _readme(config: Config, found: checkpoints.Checkpoint | None) -> str:
     """README.md of the app."""
     method, clients = config.method["name"], config.federation.clients
     start = "" if found is None else _GOING_ON.format(round=found.round)
+    if more := _more(config, found):
+        start += _NONE_LEFT.format(more=more)
+        start += _OTHER_RATES if config.optimizer.schedule != "constant" else ""
     template = (_SOURCE / "export" / _APP / "README.md").read_text(encoding="utf-8")
     values = {"name": config.name, "method": method, "model": config.model.path, "clients": clients, "start": start}
     values |= {
@@ -438,4 +458,12 @@ _GOING_ON = """
 folder that `checkpoint` in pyproject.toml names, which is no part of what `flwr run` sends: copy it to the SuperLink's
 machine, and each client's file to its node, and name it in that node's configuration, as
 `--node-config "partition-id=0 checkpoint='/data/checkpoint/clients/0.safetensors'"`.
+"""
+_NONE_LEFT = """
+The simulation was finished: for more rounds say how many there are to be in all, as
+`flwr run . NAME --stream --run-config "{more}"`.
+"""
+_OTHER_RATES = """
+The simulation's learning rates followed its number of rounds (`optimizer.schedule`): in going on they are not those of
+one run of that length.
 """

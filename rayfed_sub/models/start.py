@@ -73,6 +73,7 @@ class Origin:
 class StartFrom:
     """place: `model.start_from`.  what: in words.  changes: by layer, relative to the pretrained weight (m, n) and to
     those before; head: `<layer>/weight` and `<layer>/bias`, of a classification into `classes` (None: not known).
+    base: of an adapter, the model that it names as its own.
     copied: tensors of the pretrained model, by dotted name, that peft stores beside an adapter of its output layer.
     numbers: of the parameters that are float32 with the changes, once the start is `fitted` to a model; replaced: their
     bytes before.  origin: of a run's changes, the weights to which they belong."""
@@ -82,6 +83,7 @@ class StartFrom:
     changes: Mapping[str, tuple[Change, ...]]
     head: Tensors = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
+    base: str = ""
     copied: Tensors = field(default_factory=dict)
     numbers: int = 0
     replaced: int = 0
@@ -171,7 +173,8 @@ def read_adapter(place: str) -> StartFrom:
         changes[layer] = (Change(blocks=(Block(pair["lora_B"], pair["lora_A"], scale),)),)
     if not changes:
         raise UserError(FIELD, place, "an adapter with factors of LoRA's; this one has none", "check the path")
-    return StartFrom(place, "an adapter of peft's", changes, head, copied=copied)
+    base = str(config.get("base_model_name_or_path") or "")
+    return StartFrom(place, "an adapter of peft's", changes, head, base=base, copied=copied)
 
 
 def _files(place: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -276,12 +279,34 @@ def fitted(start: StartFrom, architecture: Architecture, classes: Sequence[str])
     start = replace(start, numbers=sum(changed.values()), replaced=replaced)
     same = {name: tuple(x.shape) for name, x in start.head.items()} == sizes
     if same and start.classes in (None, tuple(classes)):
-        if start.classes is None and start.head and architecture.class_rows != ():
-            log.warning("%s: its head is taken by number, for %s: adapters name no classes", FIELD, ", ".join(classes))
-        return start
+        return _in_order(start, architecture, classes) if start.classes is None and start.head else start
     # A head of other classes was another one before training too.
     what = f"{start.what}, without its head, which is for other classes"
     return replace(start, head={}, what=what if sizes and start.head else start.what, origin=None)
+
+
+def _in_order(start: StartFrom, architecture: Architecture, classes: Sequence[str]) -> StartFrom:
+    """The adapter with its head's rows in the order of the classes, as the checkpoint's are put (`class_rows`): peft
+    numbers them as the model does on which it trains, and names none.  One of another model counts as in order."""
+    rows = architecture.class_rows
+    if rows == ():
+        return start
+    if rows is None or not _is(start.base, architecture.hf_config.name_or_path):
+        theirs = ", ".join(classes[rows.index(number)] for number in range(len(rows))) if rows else ""
+        here = f"; the head of model.path itself has {theirs}" if rows else ""
+        told = "%s: its head is taken by number, for %s in this order: adapters name no classes%s"
+        log.warning(told, FIELD, ", ".join(classes), here)
+        return start
+    last = {layer.name.partition(".")[0]: layer.name for layer in architecture.shape.head if layer.m == len(rows)}
+    turned = {f"{name}/{role}" for name in last.values() for role in ("weight", "bias")}
+    head = {name: tensor[list(rows)] if name in turned else tensor for name, tensor in start.head.items()}
+    return replace(start, head=head)
+
+
+def _is(one: str, other: str) -> bool:
+    """Whether two names of models, hub ids or folders, are of one."""
+    here, there = Path(one).expanduser(), Path(other).expanduser()
+    return one == other or (here.is_dir() and there.is_dir() and here.resolve() == there.resolve())
 
 
 def _head_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:

@@ -162,7 +162,7 @@ def _notes(parts: Parts, found: Traffic) -> Iterable[str]:
             "that is quicker and memory is free."
         )
     downs = [max((client.down for client in walked.values()), default=0) for walked in found.rounds]
-    if len(downs) > 1 and downs[-1] > max(client.up for client in found.clients):
+    if found.stacked and len(downs) > 1 and downs[-1] > max(client.up for client in found.clients):
         yield "A download holds the changes of the whole cohort: it grows with the cohort's ranks, up to dense weights."
     if found.dense:
         yield "The server holds dense weights from the start: it does not grow with clients."

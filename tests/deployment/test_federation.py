@@ -421,13 +421,50 @@ def test_an_update_that_is_not_finite_is_a_failed_client(
     assert set(after.since) == {good.update.client}
 
 
-def test_a_node_s_own_rows_are_its_client_s(setup: Setup, tmp_path: Path) -> None:
-    (tmp_path / "mine.csv").write_text("q,a\n" + "".join(f"what {i},{i * i}\n" for i in range(30)))
-    task = setup.config.task.model_copy(update={"name": "table", "path": "none.csv", "prompt": "{q}", "answer": "a"})
-    own = replace(setup, config=setup.config.model_copy(update={"task": task}))
-    dataset = rows_of(own, 2, tmp_path / "mine.csv")
-    assert len(dataset.rows_of(2)) == dataset.row_counts.train > 0
-    assert len(dataset.rows_of(0)) == len(dataset.rows_of(1)) == 0
+def with_task(setup: Setup, **changes: object) -> Setup:
+    task = setup.config.task.model_copy(update={"name": "table", "path": "none.csv", "prompt": "{q}", **changes})
+    return replace(setup, config=setup.config.model_copy(update={"task": task}))
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+def test_a_node_s_own_rows_are_its_client_s(setup: Setup, tmp_path: Path, rows: int) -> None:
+    """All of them, whatever splits and how many rows the federation's task names."""
+    (tmp_path / "mine.csv").write_text("q,a\n" + "".join(f"what {i},{i * i}\n" for i in range(rows)))
+    others = {"test": ("not-here.csv",), "split_column": "part", "validation_share": 0.2, "max_rows": 8}
+    for changes in ({}, others):
+        dataset = rows_of(with_task(setup, answer="a", **changes), 2, tmp_path / "mine.csv")
+        assert len(dataset.rows_of(2)) == len(dataset.train) == rows
+        assert len(dataset.rows_of(0)) == len(dataset.rows_of(1)) == len(dataset.held_out) == 0
+
+
+def test_a_node_s_own_rows_may_lack_classes(setup: Setup, tmp_path: Path) -> None:
+    """They are numbered as the federation's; strange ones are refused."""
+    (tmp_path / "mine.jsonl").write_text(
+        '{"q": "a", "kind": "pos", "score": 2, "tags": ["y"]}\n{"q": "b", "kind": "neu", "score": 3, "tags": []}\n'
+    )
+    told = {
+        "kind": ("classification", ("pos", "neg", "neu"), [0, 2]),
+        "score": ("regression", (), [[2.0], [3.0]]),
+        "tags": ("multi-label", ("x", "y", "z"), [[0, 1, 0], [0, 0, 0]]),
+    }
+    for column, (problem, classes, targets) in told.items():
+        own = replace(with_task(setup, label=column), problem=problem, classes=classes)
+        dataset = rows_of(own, 1, tmp_path / "mine.jsonl")
+        assert sorted(dataset.train.classes.tolist()) == sorted(targets)  # type: ignore[union-attr]
+        assert dataset.class_names == classes
+    strange = replace(with_task(setup, label="kind"), classes=("neg", "neu"))
+    with pytest.raises(UserError, match="rows of the classes neg, neu; these have pos"):
+        rows_of(strange, 1, tmp_path / "mine.jsonl")
+
+
+def test_a_checkpoint_needs_rounds_to_go_on_to(setup: Setup, weights: dict[str, torch.Tensor]) -> None:
+    done = setup.config.federation.rounds
+    assert done is not None
+    before = server.begin(setup, weights).server
+    allowed = f"federation.rounds: got {done}; allowed: more than {done}, the rounds of the checkpoint"
+    with pytest.raises(UserError, match=f"^{allowed}"):
+        server.begin(setup, weights, (replace(before, round=done), {}))
+    assert server.begin(setup, weights, (replace(before, round=done - 1), {})).round == done - 1
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig
 
 from rayfed_sub import load_config, run
-from rayfed_sub.config.schema import Config
+from rayfed_sub.config.schema import Config, Model
 from rayfed_sub.core.arrays import unpacked
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.core.types import Block, Change
 from rayfed_sub.export.exported import export_hf, export_peft
+from rayfed_sub.models.architecture import architecture
 from rayfed_sub.models.start import StartFrom, fitted
 from rayfed_sub.models.weights import assemble, load_weights
 from rayfed_sub.planning.job import Job, prepare
@@ -270,6 +271,27 @@ def test_head_of_other_classes_is_drawn_anew(table: Path, tmp_path: Path) -> Non
     assert job.begun is not None
     assert job.begun.what == "an adapter of peft's, without its head, which is for other classes"
     assert begun(three).classifier.weight.shape == (3, 32)
+
+
+def test_head_of_an_adapter_follows_the_order_of_its_model_s_classes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """peft numbers classes as the model does on which it trains; an adapter of another model counts as in order."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    hf = BertConfig(vocab_size=50, id2label={0: "pos", 1: "neg", 2: "neu"}, **sizes)
+    hf.save_pretrained(tmp_path / "model")
+    names, head = ("neg", "neu", "pos"), {"classifier/weight": torch.eye(3, 16), "classifier/bias": torch.arange(3.0)}
+    bones = architecture(Model(path=str(tmp_path / "model")), "text-classification", names)
+    layer = bones.shape.targets[0]
+    change = Change(blocks=(Block(torch.ones(layer.m, 1), torch.ones(1, layer.n), 1.0),))
+    for base, order in ((tmp_path / "model", [1, 2, 0]), (tmp_path / "other", [0, 1, 2])):
+        start = StartFrom("x", "x", {layer.name: (change,)}, head, base=str(base))
+        found = fitted(start, bones, names).head
+        assert found["classifier/bias"].tolist() == order
+        assert torch.equal(found["classifier/weight"], torch.eye(3, 16)[order])
+    (said,) = [record.getMessage() for record in caplog.records if "by number" in record.getMessage()]
+    assert "for neg, neu, pos in this order" in said
+    assert said.endswith("the head of model.path itself has pos, neg, neu")
 
 
 def test_run_without_its_start_s_head_is_exported_and_gone_on_from(table: Path, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
+from rayfed_sub import run
 from rayfed_sub.cli import main
 from rayfed_sub.config.loading import load_config, yaml_text
 from rayfed_sub.config.schema import Config
 from rayfed_sub.core.errors import UserError
-from rayfed_sub.deployment.app import APP_KEYS
+from rayfed_sub.deployment.app import APP_KEYS, read_checkpoint
 from rayfed_sub.deployment.setup import run_config
 from rayfed_sub.export.flower import _ALWAYS, _TABLES, export_flower
 from rayfed_sub.planning.job import prepare
@@ -260,6 +261,23 @@ def test_a_run_that_is_not_finished_is_an_app_too(
     assert capsys.readouterr().out.startswith(f"flwr run {tmp_path / 'app'}")
     with pytest.raises(UserError, match="--checkpoint last"):
         export_flower(run, tmp_path / "other", checkpoint="last")
+
+
+def test_app_of_a_finished_run_says_how_to_go_on(tmp_path: Path) -> None:
+    """And goes without what could have stopped the run."""
+    stopping = ["early_stopping.metric=held_out_loss", "evaluation.split=validation", "task.validation_share=0.2"]
+    config = load_config(CONFIG, [*stopping, "optimizer.schedule=linear", "resources.workers=0"])
+    rounds = run(config, tmp_path / "run").rounds
+    for checkpoint in ("last", "best"):
+        app = tmp_path / checkpoint
+        written = export_flower(tmp_path / "run", app, checkpoint=checkpoint)
+        assert written.warning is not None
+        assert "without the run's early_stopping" in written.warning
+        done = read_checkpoint(str(app / "checkpoint"))
+        assert done is not None
+        finished, page = done[0].round == rounds, (app / "README.md").read_text()
+        more = f'--run-config "federation.rounds={2 * rounds}"'
+        assert [more in written.loading, more in page, "optimizer.schedule" in page] == [finished] * 3
 
 
 @pytest.mark.parametrize("wrong", ["privacy", "full", "missing", "main", "nowhere", "checkpoint"])

@@ -282,6 +282,14 @@ def test_round_of_an_asynchronous_run_has_the_buffer_s_updates(
     assert any(f"with {updates} update" in note for note in planned.notes)
 
 
+@pytest.mark.parametrize(
+    ("method", "grows"), [("fedftg", True), ("flora", True), ("fedit", False), ("fedsvd", False), ("rolora", False)]
+)
+def test_note_on_downloads_is_for_methods_whose_downloads_grow_with_the_cohort(method: str, grows: bool) -> None:
+    planned = plan_of(prepare(small("federation.rounds=4", f"method={{name: {method}, rank: 4}}")))
+    assert any("changes of the whole cohort" in note for note in planned.notes) == grows
+
+
 @pytest.mark.slow
 def test_neither_data_nor_plan_imports_ray() -> None:
     """Both in one process of their own, with JSON alone on stdout."""
