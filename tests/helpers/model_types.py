@@ -34,6 +34,7 @@ from rayfed_sub.models.experts import matrix_of, place
 from rayfed_sub.models.hub import quiet
 from rayfed_sub.models.image_processors import load_image_processor
 from rayfed_sub.models.model_folder import write_folder
+from rayfed_sub.models.presets import CLASSIFIERS_IN_ANY_PACK, SAME_IN_ANY_PACK
 from rayfed_sub.models.targets import some
 from rayfed_sub.models.weights import assemble, load_weights, target_weights
 from rayfed_sub.training.losses import predicted
@@ -175,6 +176,10 @@ SECONDS = 240
 """A type that takes longer is given up."""
 
 
+LIMITS = {"loss": 1e-5, "pack": 1e-5, "fedftg": 1e-4, "fedit": 1e-4, "export": 1e-5}
+"""The largest relative difference that is a yes."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What works with a type.  Words: `yes`, `no` or what was found; empty where it was not reached.
@@ -295,13 +300,13 @@ def _checks(name: str, kind: str, blocks: int) -> Iterator[Verdict]:
     if kind in SPEAKING:
         yield (verdict := replace(verdict, causal="made so" if bones.causal else "yes"))
     tiny, shared = Tiny(assemble(bones, tensors), bones.shape, _draw(bones.kind, model)), Guard(tensors.items())
-    yield (verdict := replace(verdict, loss=_word(_loss(tiny), 1e-5)))
+    yield (verdict := replace(verdict, loss=_word(_loss(tiny), LIMITS["loss"])))
     yield (verdict := replace(verdict, gradient=_gradient(tiny)))
     yield (verdict := replace(verdict, pack="one at a time" if bones.alone else _pack(tiny)))
     shared.check()
     for method, start in (("fedftg", galore_start(tiny, Subspace(2, 2))), ("fedit", lora_start(tiny, 2))):
-        yield (verdict := replace(verdict, **{method: _word(_reference(tiny, start), 1e-4)}))
-    yield (verdict := replace(verdict, export=_word(_export(tiny, bones, tensors), 1e-5)))
+        yield (verdict := replace(verdict, **{method: _word(_reference(tiny, start), LIMITS[method])}))
+    yield (verdict := replace(verdict, export=_word(_export(tiny, bones, tensors), LIMITS["export"])))
     wrong = [f.name for f in fields(verdict) if str(getattr(verdict, f.name)).startswith("no, ")]
     if wrong:
         yield replace(verdict, reason=f"differs: {', '.join(wrong)}")
@@ -309,6 +314,26 @@ def _checks(name: str, kind: str, blocks: int) -> Iterator[Verdict]:
 
 def _word(found: float, allowed: float) -> str:
     return "yes" if found <= allowed else f"no, {found:.0e}"
+
+
+def anywhere(verdict: Verdict) -> Verdict:
+    """What of a verdict every processor gives: rounding moves a difference by its last digits, and past its limit where
+    it is near.  Up to three times the limit is a yes; how large a larger one is, and which they are, is left out.
+
+    >>> near, far = (Verdict("a", "b", pack=f"no, {size}e-05", reason="differs: pack") for size in (2, 4))
+    >>> anywhere(near).pack, anywhere(near).reason, anywhere(far).pack
+    ('yes', '', 'no')
+    """
+    words = {}
+    for name, limit in LIMITS.items():
+        word = getattr(verdict, name)
+        if word.startswith("no, "):
+            words[name] = "yes" if float(word.removeprefix("no, ")) <= 3.05 * limit else "no"
+    listed = verdict.type in SAME_IN_ANY_PACK | CLASSIFIERS_IN_ANY_PACK
+    if verdict.pack == "same bits" and not listed:
+        words["pack"] = "yes"
+    reason = "" if verdict.reason.startswith("differs: ") else verdict.reason
+    return replace(verdict, **words, reason=reason)
 
 
 def _draw(kind: str, model: Model) -> Any:
@@ -388,7 +413,7 @@ def _pack(tiny: Tiny) -> str:
         assert result.failure is None, result.failure
         same = same and all(torch.equal(result.tensors[name], alone.tensors[name]) for name in alone.tensors)
         apart = max(apart, worst(change(tiny, starts[k], result), change(tiny, starts[k], alone)))
-    return "same bits" if same else _word(apart, 1e-5)
+    return "same bits" if same else _word(apart, LIMITS["pack"])
 
 
 def _reference(tiny: Tiny, start: Start) -> float:
@@ -489,7 +514,7 @@ initial weights are, were chosen so that gradients lie clear of rounding, which 
 - pack of three: clients trained together as each alone, "same bits", or to 1e-5 ("yes"); "one at a time" where layers
   see something else than row after row, so that packs have one client. What a run relies on is the
   shorter list that more tests hold (`SAME_IN_ANY_PACK` and `CLASSIFIERS_IN_ANY_PACK` in `models/presets.py`); outside
-  it the processor decides which of the two it is, for its kernels round as they do.
+  it the processor, whose kernels round in their own way, decides which of the two it is.
 - FedFTG, FedIT: change of all targets equal to that of galore-torch and peft, to 1e-4.
 - export: the written folder, loaded by transformers, has the logits of the trained weights, to 1e-5; of models that
   see or hear every other weight is as it was, to the bit.

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rayfed_sub.models.architecture import skeleton
-from rayfed_sub.models.presets import CLASSIFIERS_IN_ANY_PACK, SAME_IN_ANY_PACK
 from rayfed_sub.models.weights import ruled
-from tests.helpers.model_types import MAPPINGS, PAGE, Verdict, built, judged, page, stored, types_of
+from tests.helpers.model_types import MAPPINGS, PAGE, Verdict, anywhere, built, judged, page, stored, types_of
 
 STORED = {(verdict.type, verdict.kind): verdict for verdict in stored()}
 CASES = [(name, kind) for kind in MAPPINGS for name in types_of(kind)]
@@ -85,17 +84,21 @@ def test_batch_normalization_of_tokens_as_an_image_has_each_row_s_own_gradient()
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_every_type_is_as_the_table_says(name: str, kind: str) -> None:
-    """Where this fails after a change, `make models` makes the table anew.  Outside the lists that a run relies on,
-    kernels of another processor may round a pack otherwise."""
-    found, told = judged(name, kind), STORED[name, kind]
-    if name not in SAME_IN_ANY_PACK | CLASSIFIERS_IN_ANY_PACK:
-        found, told = (replace(one, pack=one.pack.replace("same bits", "yes")) for one in (found, told))
-    assert found == told
+    """Where this fails after a change, `make models` makes the table anew."""
+    assert anywhere(judged(name, kind)) == anywhere(STORED[name, kind])
 
 
 def test_table_has_all_types_and_the_page_is_made_of_it() -> None:
     assert [(verdict.type, verdict.kind) for verdict in stored()] == CASES
     assert page(stored()) == PAGE.read_text(encoding="utf-8")
+
+
+def test_differences_near_their_limit_are_the_processor_s() -> None:
+    near = Verdict("a", "b", pack="no, 2e-05", fedftg="yes", reason="differs: pack")
+    assert anywhere(near) == anywhere(replace(near, pack="same bits", reason=""))
+    assert anywhere(near) != anywhere(replace(near, pack="no, 4e-05"))
+    assert anywhere(replace(near, type="llama", pack="yes")) != anywhere(replace(near, type="llama", pack="same bits"))
+    assert anywhere(replace(near, reason="no target")).reason == "no target"
 
 
 def test_page_counts_what_works() -> None:
