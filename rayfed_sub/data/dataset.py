@@ -160,8 +160,8 @@ def load_dataset(
 def own_rows(
     task: Task, federation: Federation, processor: Processor, problem: str, classes: Sequence[str], client: int
 ) -> Dataset:
-    """The rows of `task` as those of one client of the federation, all of them to train on: an own official split or
-    share is not held out of them.
+    """The rows of `task` as those of one client of the federation, all of them to train on, of a folder with splits
+    those of training: no share is held out.
 
     problem, classes: of the federation's rows, in whose order the classes are numbered; the client's may lack some.
     Raises UserError as `load_dataset`, and (task.label) for other classes.
@@ -174,6 +174,11 @@ def own_rows(
     if strange := [name for name in found.class_names if name not in classes]:
         allowed = f"rows of the classes {', '.join(classes) or '(none)'}; these have {', '.join(strange)}"
         raise UserError("task.label", task.label, allowed, "leave these rows out, or name their classes as the others")
+    if found.kind == "multi-label" and found.class_names != tuple(classes) and all(map(str.isdecimal, classes)):
+        allowed = (
+            f"rows with all of the labels {', '.join(classes)}; what a list of numbers stands for follows from them"
+        )
+        raise UserError("task.label", task.label, allowed, "give labels names, in all rows of the federation")
     found = _numbered_as(found, classes)
     every, none = np.arange(len(found)), np.empty(0, np.int64)
     dataset = _of_splits(found, Splits(every, none, none, none), none, NumberedClients(1), alone, 0, "")

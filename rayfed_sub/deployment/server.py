@@ -63,7 +63,7 @@ def begin(
     rounds, done = setup.config.federation.rounds or 0, 0 if checkpoint is None else checkpoint[0].round
     if rounds <= done:
         allowed = f"more than {done}, the rounds of the checkpoint"
-        raise UserError("federation.rounds", rounds, allowed, f'add --run-config "federation.rounds={2 * done}"')
+        raise UserError("federation.rounds", rounds, allowed, f"set federation.rounds={2 * done} in --run-config")
     first = initial(setup, weights)
     server, memory = (first, {}) if checkpoint is None else checkpoint
     return Federation(setup, ServerState(server.round, settled(server.tensors)), deltas.begun(first, server), memory)

@@ -93,7 +93,7 @@ def check_deployable(config: Config) -> None:
             "model.start_from",
             config.model.start_from,
             config.model.start_from is not None,
-            "set model.path to the start as one model, an adapter merged with peft, a run exported with `--format hf`",
+            "merge the adapter with peft, or export the run with `--format hf`, and set model.path to that folder",
         ),
         ("early_stopping.metric", stopping.metric, stopping.metric is not None, "the server has no rows to judge by"),
         ("callbacks", list(config.callbacks), bool(config.callbacks), "the server's strategy is where to add them"),

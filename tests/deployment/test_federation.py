@@ -452,6 +452,10 @@ def test_a_node_s_own_rows_may_lack_classes(setup: Setup, tmp_path: Path) -> Non
         dataset = rows_of(own, 1, tmp_path / "mine.jsonl")
         assert sorted(dataset.train.classes.tolist()) == sorted(targets)  # type: ignore[union-attr]
         assert dataset.class_names == classes
+    numbered = replace(with_task(setup, label="tags"), problem="multi-label", classes=("0", "1", "2", "3"))
+    (tmp_path / "numbers.jsonl").write_text('{"q": "a", "tags": [0, 1]}\n{"q": "b", "tags": [1, 0]}\n')
+    with pytest.raises(UserError, match="rows with all of the labels 0, 1, 2, 3"):
+        rows_of(numbered, 1, tmp_path / "numbers.jsonl")
     strange = replace(with_task(setup, label="kind"), classes=("neg", "neu"))
     with pytest.raises(UserError, match="rows of the classes neg, neu; these have pos"):
         rows_of(strange, 1, tmp_path / "mine.jsonl")

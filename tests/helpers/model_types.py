@@ -317,8 +317,8 @@ def _word(found: float, allowed: float) -> str:
 
 
 def anywhere(verdict: Verdict) -> Verdict:
-    """What of a verdict every processor gives: rounding moves a difference by its last digits, and past its limit where
-    it is near.  Up to three times the limit is a yes; how large a larger one is, and which they are, is left out.
+    """What of a verdict every processor gives.  Rounding moves a difference past its limit where it is near: up to
+    three times the limit, as its one digit says, counts as a yes here, and a larger one as a no without its size.
 
     >>> near, far = (Verdict("a", "b", pack=f"no, {size}e-05", reason="differs: pack") for size in (2, 4))
     >>> anywhere(near).pack, anywhere(near).reason, anywhere(far).pack

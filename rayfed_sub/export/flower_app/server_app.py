@@ -51,7 +51,7 @@ def main(grid: Grid, context: Context) -> None:
             timeout=timeout,
         )
     except RunError:
-        done, again = strategy.federation.round, f"checkpoint='{output.resolve()}'"
+        done, again = strategy.federation.round, f"checkpoint='{output.resolve()}' federation.rounds={rounds}"
         log(ERROR, 'stopped after %s rounds; go on with: flwr run . NAME --run-config "%s"', done, again)
         raise
 
