@@ -106,7 +106,7 @@ def export_flower(
     (to / "README.md").write_text(_readme(config, found), encoding="utf-8")
     (to / ".gitignore").write_text("".join(f"{name}\n" for name in _NOT_SENT), encoding="utf-8")
     shutil.copyfile(_license(), to / "LICENSE")
-    more = f' --run-config "{_more(config, found)}"' if _more(config, found) else ""
+    more = f' --run-config "{setting}"' if (setting := _more(config, found)) else ""
     return Export(f"flwr run {to} NAME --stream{more}  # README.md in the app says how to begin", left or None)
 
 

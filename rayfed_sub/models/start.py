@@ -304,7 +304,7 @@ def _in_order(start: StartFrom, architecture: Architecture, classes: Sequence[st
 
 
 def _is(one: str, other: str) -> bool:
-    """Whether two names of models, hub ids or folders, are of one."""
+    """True where two names, hub ids or folders, are of one model."""
     here, there = Path(one).expanduser(), Path(other).expanduser()
     return one == other or (here.is_dir() and there.is_dir() and here.resolve() == there.resolve())
 
