@@ -24,10 +24,12 @@ from rayfed_sub.data.partitions import key_column, partitioned
 from rayfed_sub.data.prepared import Prepared, prepared
 from rayfed_sub.data.processors import Processor
 from rayfed_sub.data.python_docs import python_docs
+from rayfed_sub.data.readers import Wanted
 from rayfed_sub.data.rows import Ints, RowNumbers, Rows
 from rayfed_sub.data.sources import listed
 from rayfed_sub.data.splits import Judged, Splits, judged_clients, numbered, split_rows
 from rayfed_sub.data.table_pairs import table_pairs
+from rayfed_sub.data.tables import canonical_classes, load_table
 from rayfed_sub.data.tasks import filled
 from rayfed_sub.data.tokenization import in_words
 
@@ -160,17 +162,25 @@ def load_dataset(
 def own_rows(
     task: Task, federation: Federation, processor: Processor, problem: str, classes: Sequence[str], client: int
 ) -> Dataset:
-    """The rows of `task` as those of one client of the federation, all of them to train on, of a folder with splits
-    those of training: no share is held out.
+    """The rows of `task` as those of one client of the federation, all of them to train on, of a table or folder with
+    splits those of training: no share is held out.
 
     problem, classes: of the federation's rows, in whose order the classes are numbered; the client's may lack some.
     Raises UserError as `load_dataset`, and (task.label) for other classes.
     """
-    changes: dict[str, object] = {"validation": (), "test": (), "split_column": None, "max_rows": None}
+    changes: dict[str, object] = {"validation": (), "test": (), "max_rows": None}
+    changes |= {"train": None} if task.split_column is None else {}
     changes |= {"problem": problem} if filled(task).label is not None else {}
     task = task.model_copy(update=changes)
     alone = federation.model_copy(update={"clients": 1, "partition": Partition(kind="iid")})
-    found = kept(task, alone, processor, lambda: prepared(load_pairs(task, alone), task, alone, processor))
+
+    def make() -> Prepared:
+        own = task
+        if task.split_column is not None and task.split_column not in load_table(task, Wanted({}, {})).names:
+            own = task.model_copy(update={"train": None, "split_column": None})
+        return prepared(load_pairs(own, alone), own, alone, processor)
+
+    found = _named_as(kept(task, alone, processor, make), classes)
     if strange := [name for name in found.class_names if name not in classes]:
         allowed = f"rows of the classes {', '.join(classes) or '(none)'}; these have {', '.join(strange)}"
         raise UserError("task.label", task.label, allowed, "leave these rows out, or name their classes as the others")
@@ -184,6 +194,14 @@ def own_rows(
     dataset = _of_splits(found, Splits(every, none, none, none), none, NumberedClients(1), alone, 0, "")
     begins = np.arange(federation.clients + 1) > client
     return replace(dataset, client_offsets=begins * dataset.client_offsets[-1])
+
+
+def _named_as(found: Prepared, classes: Sequence[str]) -> Prepared:
+    """The rows with the names of `classes` where theirs are the same in the spelling of `canonical_classes`, which
+    follows from all names of a column: 1.0 and true alone are 1 and True, beside others they stay."""
+    spelled = {canonical_classes([name])[0]: name for name in classes}
+    names = (name if name in classes else spelled.get(name, name) for name in found.class_names)
+    return replace(found, class_names=tuple(names))
 
 
 def _numbered_as(found: Prepared, classes: Sequence[str]) -> Prepared:

@@ -23,7 +23,7 @@ from rayfed_sub.config.schema import Problem, Task
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.data.columns import Labels
 from rayfed_sub.data.readers import MARK, NoTextError, as_text
-from rayfed_sub.data.tables import Table, class_names, classes, of_named_classes
+from rayfed_sub.data.tables import Table, canonical_classes, class_names, of_named_classes
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def read_labels(table: Table, task: Task, splits: Labels, known: Sequence[str] =
     forms = {name: forms[name] for name in texts.used if name}
     if problem == "classification":
         _check(table, task, forms, lambda name: not name.startswith(MARK), "text, whole numbers, true or false")
-        labels = classes(texts)
+        labels = canonical_classes(texts)
         labels = _named(labels, known)
         return LabelColumn(problem, labels, class_names(labels.used))
     if problem == "regression":
@@ -182,7 +182,7 @@ def _of_columns(table: Table, task: Task) -> LabelColumn:
         raise UserError("task.problem", task.problem, allowed, "remove it, or name one column in task.label")
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(_FIELD, list(names), f"each column once; {twice[0]} stands there twice", "leave it out")
-    columns = [classes(table.labels(_FIELD, name)) for name in names]
+    columns = [canonical_classes(table.labels(_FIELD, name)) for name in names]
     for name, column in zip(names, columns, strict=True):
         if strange := [cell for cell in column.used if cell and cell.lower() not in _TRUTHS]:
             place = next(place for place, cell in zip(table.places(), column, strict=True) if cell == strange[0])

@@ -251,21 +251,29 @@ def _of_images(field: str, place: str, folder: Path, by_client: bool) -> dict[st
     """Images with the names of their folders as labels, as `datasets` reads them; by client: a folder for each, which
     may lie in one for its split."""
     if not by_client:
-        return _loaded(field, place, str(folder), "imagefolder")
+        return _loaded(field, place, str(folder), "imagefolder", **_one_class(folder))
     found: dict[str, list[Source]] = {}
     for inner in _folders(folder):
         outer = bare_split(inner.name)
         for own in [inner] if outer is None else _folders(inner):
-            # A client may have images of one class alone, whose folder `datasets` would take for no label.
             classed = bool(_folders(own))
             if outer and not classed and not any(path.stem == "metadata" for path in own.iterdir()):
                 allowed = f"another kind than files where no folder names a client: {own} has images of one class"
                 advice = "put each client's images in a folder of its own, or deal them out by the label"
                 raise UserError("federation.partition.kind", "files", allowed, advice)
-            options = {"drop_labels": False} if classed else {}
+            options = {"drop_labels": False} if classed else {}  # of one class too, see `_one_class`
             for split, parts in _loaded(field, str(own), str(own), "imagefolder", **options).items():
                 found.setdefault(outer or split, []).extend(replace(part, client=own.name) for part in parts)
     return found
+
+
+def _one_class(folder: Path) -> dict[str, Any]:
+    """Options of `datasets` for a folder of images: a client may have those of one class alone, whose folder is taken
+    for no label unless it is asked for."""
+    below = (file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in _IMAGES)
+    holders = {path.parent.name for path in below if not _hidden(path)}
+    classes = {name for name in holders if name and bare_split(name) is None}
+    return {"drop_labels": False} if len(holders) == len(classes) == 1 else {}
 
 
 def _folders(folder: Path) -> list[Path]:

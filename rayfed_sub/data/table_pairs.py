@@ -24,7 +24,7 @@ from rayfed_sub.data.labels import LabelColumn, read_labels, untrained
 from rayfed_sub.data.pairs import OVER_WHITE, SCALED, Pairs, Span, Spans
 from rayfed_sub.data.readers import Wanted
 from rayfed_sub.data.split_names import SPLITS
-from rayfed_sub.data.tables import Table, classes, load_table, renamed, splits_of
+from rayfed_sub.data.tables import Table, canonical_classes, load_table, renamed, splits_of
 from rayfed_sub.data.tasks import TASKS
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def _owners(
         return Labels.runs([_ANYBODY], [len(table)]), splits
     if labels is not None and key == task.label_name:
         return labels.groups(splits.are("train")), splits
-    return classes(table.texts("federation.partition.column", key, optional=True)), splits
+    return canonical_classes(table.texts("federation.partition.column", key, optional=True)), splits
 
 
 def _wanted(

@@ -129,11 +129,11 @@ def renamed(table: Table, renames: Mapping[str, str]) -> Table:
     return Table(tuple(_renamed(part, renames) for part in table.parts))
 
 
-def classes(texts: Iterable[str]) -> Labels:
+def canonical_classes(texts: Iterable[str]) -> Labels:
     """Canonical names of classes or keys: whole numbers without the ".0" that programs give them where some are
     missing, True and False in one spelling, where all are such.
 
-    >>> [list(classes(texts)) for texts in (["1.0", "", "3.0"], ["true", "FALSE"], ["007", "1.0"])]
+    >>> [list(canonical_classes(texts)) for texts in (["1.0", "", "3.0"], ["true", "FALSE"], ["007", "1.0"])]
     [['1', '', '3'], ['True', 'False'], ['007', '1.0']]
     """
     labels = Labels.of(texts)

@@ -129,7 +129,7 @@ def rows_of(setup: Setup, client: int, own: str | Path | None = None) -> Dataset
     config = setup.config
     task, federation = config.task, config.federation
     if own is not None:
-        task = task.model_copy(update={"path": str(own), "train": None})
+        task = task.model_copy(update={"path": str(own)})
         return own_rows(task, federation, setup.processor, setup.problem, setup.classes, client)
     dataset = load_dataset(task, federation, setup.processor, seed=config.seed, judged=config.evaluation.split)
     if dataset.class_names != setup.classes:

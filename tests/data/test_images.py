@@ -130,6 +130,18 @@ def picture_folder(folder: Path) -> dict[str, bytes]:
     return files
 
 
+@pytest.mark.parametrize("places", [["disc"], ["train/disc", "test/disc"]], ids=["plain", "of splits"])
+def test_a_folder_may_have_images_of_one_class(
+    places: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for number, place in enumerate(places):
+        (tmp_path / "set" / place).mkdir(parents=True)
+        drawn("disc", number).save(tmp_path / "set" / place / "0.png")
+    task = Task(name="table", path=str(tmp_path / "set"), image="image", label="label")
+    assert set(table_pairs(task, None).answers) == {"disc"}
+
+
 def test_folder_and_parquet_give_the_same_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -461,6 +461,29 @@ def test_a_node_s_own_rows_may_lack_classes(setup: Setup, tmp_path: Path) -> Non
         rows_of(strange, 1, tmp_path / "mine.jsonl")
 
 
+def test_a_node_s_own_rows_have_the_federation_s_spelling_of_classes(setup: Setup, tmp_path: Path) -> None:
+    """What 1.0 and true stand for follows from all names of a column, of which the node's are a part."""
+    for classes, cells, numbers in (
+        (("1.0", "2.5", "none"), ["1.0"], [0]),
+        (("maybe", "true"), ["true", "maybe"], [0, 1]),
+        (("False", "True"), ["true"], [1]),
+        (("1", "2"), ["1.0", "2"], [0, 1]),
+    ):
+        (tmp_path / "mine.csv").write_text("q,kind\n" + "".join(f"row {i},{cell}\n" for i, cell in enumerate(cells)))
+        own = replace(with_task(setup, label="kind"), problem="classification", classes=classes)
+        dataset = rows_of(own, 1, tmp_path / "mine.csv")
+        assert sorted(dataset.train.classes.tolist()) == numbers  # type: ignore[union-attr]
+
+
+def test_a_node_s_own_rows_of_a_split_are_trained_on(setup: Setup, tmp_path: Path) -> None:
+    """Where the node's table has the task's column of splits, its rows of training alone; test rows may lack labels."""
+    rows = [("a", "fit", 1), ("b", "fit", 0), ("c", "test", -1)]
+    (tmp_path / "mine.csv").write_text("q,part,kind\n" + "".join(f"{q},{part},{kind}\n" for q, part, kind in rows))
+    own = with_task(setup, label="kind", split_column="part", train="fit")
+    own = replace(own, problem="classification", classes=("0", "1"))
+    assert len(rows_of(own, 1, tmp_path / "mine.csv").train) == 2
+
+
 def test_a_checkpoint_needs_rounds_to_go_on_to(setup: Setup, weights: dict[str, torch.Tensor]) -> None:
     done = setup.config.federation.rounds
     assert done is not None
