@@ -161,8 +161,7 @@ def _notes(parts: Parts, found: Traffic) -> Iterable[str]:
             f"Memory is that of packs of {config.resources.first_pack}, with which the run begins; they grow where "
             "that is quicker and memory is free."
         )
-    downs = [max((client.down for client in walked.values()), default=0) for walked in found.rounds]
-    if found.stacked and len(downs) > 1 and downs[-1] > max(client.up for client in found.clients):
+    if parts.stacked:
         yield "A download holds the changes of the whole cohort: it grows with the cohort's ranks, up to dense weights."
     if found.dense:
         yield "The server holds dense weights from the start: it does not grow with clients."

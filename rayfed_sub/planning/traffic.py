@@ -29,7 +29,7 @@ from rayfed_sub.core.types import (
     wire_bytes,
 )
 from rayfed_sub.data.dataset import Dataset
-from rayfed_sub.methods import METHODS, averaging, build, lora, shared_fields
+from rayfed_sub.methods import METHODS, build, lora, shared_fields
 from rayfed_sub.methods.downloads import downloaded, first_counted, mixes
 from rayfed_sub.methods.hooked import unhooked, with_hook_of
 from rayfed_sub.methods.own_failures import named
@@ -64,14 +64,13 @@ class Traffic:
     that the server holds between rounds, its optimiser's memory included, at first and after each walked round.
     coordinator: the most that lies there at once in a round (server before and after, the sum), without what it shares
     with the pretrained weights and the broadcast.  dense: whether clients train over dense weights that the broadcast
-    brings.  stacked: whether a round adds the changes of several clients to them, one beside the other."""
+    brings."""
 
     rounds: tuple[Mapping[int, ClientTraffic], ...]
     broadcast: int
     server: tuple[int, ...]
     coordinator: int
     dense: bool
-    stacked: bool
 
     @property
     def clients(self) -> list[ClientTraffic]:
@@ -108,7 +107,6 @@ def traffic(
         tuple(figures["server", n] for n in range(len(cohorts) + 1)),
         max(figures["coordinator", n] for n in range(len(cohorts))),
         bool(one["dense",]),
-        bool(one["stacked",]),
     )
 
 
@@ -203,8 +201,6 @@ def _walk(
         found["coordinator", n] = _own(there, [weights, broadcast.tensors])
         server, memory = after, renewed
         found["server", n + 1] = wire_bytes(server.tensors) + wire_bytes(memory)
-    ranks = server.tensors.get(averaging.RANKS, torch.zeros(1, 1))
-    found["stacked",] = int(int(ranks[-1].max()) > getattr(unhooked(method), "rank", 0))
     return found
 
 
@@ -417,3 +413,15 @@ class Parts:
         """The bytes of all its rounds."""
         start = 0 if self.start is None else self.start.wire_bytes
         return traffic(self.method, self.architecture.shape, self.config, self.cohorts, self.steps, start)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether a later round's download holds the changes of a cohort's clients one beside the other: a client gets
+        more after the round of a cohort than after one of its own."""
+        rounds = [cohort[:FEW] for cohort in self.cohorts if cohort]
+        if len(rounds) < 2:
+            return False
+        widest = max(rounds, key=len)
+        walks = (replace(self, cohorts=[cohort, widest[:1]]).traffic() for cohort in (widest[:1], widest))
+        alone, together = (walk.rounds[1][widest[0]].down for walk in walks)
+        return together > alone

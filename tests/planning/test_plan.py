@@ -282,12 +282,35 @@ def test_round_of_an_asynchronous_run_has_the_buffer_s_updates(
     assert any(f"with {updates} update" in note for note in planned.notes)
 
 
-@pytest.mark.parametrize(
-    ("method", "grows"), [("fedftg", True), ("flora", True), ("fedit", False), ("fedsvd", False), ("rolora", False)]
-)
-def test_note_on_downloads_is_for_methods_whose_downloads_grow_with_the_cohort(method: str, grows: bool) -> None:
+@pytest.mark.parametrize(("method", "grows"), [("fedftg", True), ("fedit", False)])
+def test_note_on_downloads_that_grow_with_the_cohort(method: str, grows: bool) -> None:
     planned = plan_of(prepare(small("federation.rounds=4", f"method={{name: {method}, rank: 4}}")))
     assert any("changes of the whole cohort" in note for note in planned.notes) == grows
+
+
+STACKS = {"fedftg", "fedkrso", "flora", "florist", "fedex-lora", "fedmomentum"}
+TWICE = [range(8), range(8)]
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "cohorts", "grows"),
+    [
+        *((method, {"rank": 2}, TWICE, method in STACKS) for method in METHODS if method != "fedavg"),
+        ("fedavg", {}, TWICE, False),
+        ("flora", {"rank": 8, "client_ranks": [1] * 8}, TWICE, True),
+        ("frlora", {"rank": 2, "rank_pattern": {"up": 4}}, TWICE, False),
+        ("fedftg", {"rank": 2}, [[0], [0]], False),
+        ("fedftg", {"rank": 2}, [range(8)], False),
+        ("fedftg", {"rank": 2}, [[], range(8)], False),
+    ],
+)
+def test_downloads_that_grow_with_the_cohort(
+    method: str, fields: dict[str, Any], cohorts: list[list[int]], grows: bool
+) -> None:
+    config = Config(method={"name": method, **fields})
+    shape = ModelShape((Layer("up", 64, 32),))
+    parts = Parts(config, build(config.method), Mock(shape=shape), Mock(), cohorts, lambda client: 1)
+    assert parts.stacked == grows
 
 
 @pytest.mark.slow
