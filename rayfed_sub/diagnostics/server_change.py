@@ -9,7 +9,7 @@ Legend: m, n the weight's sizes, R summed rank of blocks, k columns of a sketch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rayfed_sub.core.rng import stream
 from rayfed_sub.core.side_by_side import side_by_side
-from rayfed_sub.core.types import Change, Tensors
+from rayfed_sub.core.types import Change, Layer, Tensors
 
 _SPARE = 16  # columns of a sketch beyond the expected rank
 _WORTH = 4  # a sketch is used where it is at least so many times smaller than the matrix
@@ -55,6 +55,12 @@ class ServerChange:
     accumulated: float
 
 
+def working(layers: Iterable[Layer]) -> int:
+    """Bytes that the change of one of the layers takes while it is looked at, at most: three weights in float32, two in
+    float64."""
+    return max((28 * layer.m * layer.n for layer in layers), default=0)
+
+
 def server_changes(
     before: Mapping[str, Change],
     after: Mapping[str, Change],
@@ -67,7 +73,7 @@ def server_changes(
 ) -> dict[str, ServerChange]:
     """The changes of the layers in `ranks` (layer -> `expected`), side by side; see `server_change`.
 
-    pretrained: a layer's pretrained weight (m, n) float32.  each: bytes that a layer takes meanwhile, at most."""
+    pretrained: a layer's pretrained weight (m, n) float32.  each: see `working`."""
 
     def of(name: str) -> ServerChange | None:
         return server_change(before[name], after[name], pretrained(name), ranks[name], dense=dense, sums=sums)

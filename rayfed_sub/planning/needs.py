@@ -13,6 +13,9 @@ from functools import cached_property
 import numpy as np
 
 from rayfed_sub.config.schema import Config
+from rayfed_sub.core.side_by_side import at_once
+from rayfed_sub.diagnostics.client_diagnostics import spaced
+from rayfed_sub.diagnostics.server_change import working
 from rayfed_sub.methods.protocol import Method
 from rayfed_sub.models.architecture import Architecture
 from rayfed_sub.models.quantised import FOUR_BITS, GGUF_FORMS
@@ -61,8 +64,12 @@ class Need:
     def coordinator(self) -> int:
         """Bytes of the coordinator above its bare process: torch's kernels, at first pretrained weights, where those
         are not shared, later sums and diagnosed tensors."""
-        later = self.traffic.coordinator + self.looked + self.waiting
-        return KERNELS + max(_pretrained(self.architecture, self.config), later)
+        return KERNELS + max(_pretrained(self.architecture, self.config), self._summed)
+
+    @property
+    def _summed(self) -> int:
+        """Bytes of the coordinator's tensors in a round."""
+        return self.traffic.coordinator + self.looked + self.compared + self.waiting
 
     @property
     def looked(self) -> int:
@@ -73,6 +80,16 @@ class Need:
         if not asked.every or sent >= sum(4 * layer.m * layer.n for layer in layers):
             return 0
         return 2 * sent * min(asked.clients, self.cohort) * min(asked.layers, len(layers)) // len(layers)
+
+    @property
+    def compared(self) -> int:
+        """Bytes of the layers whose change at the server diagnostics work out side by side."""
+        asked = self.config.diagnostics
+        if not asked.every or self.method.personal:
+            return 0
+        layers = spaced(self.architecture.shape.targets, asked.layers)
+        each = working(layers)
+        return each * at_once(len(layers), each)
 
     @property
     def waiting(self) -> int:
@@ -168,7 +185,7 @@ class Need:
     def fixed(self, workers: int, pack: int) -> int:
         """Bytes of a node besides its workers, holes included."""
         ray, bare, _ = self.bare
-        coordinator = bare + self.coordinator + round((HOLES - 1) * self.traffic.coordinator)
+        coordinator = bare + self.coordinator + round((HOLES - 1) * self._summed)
         return self.store(workers, pack) + DRIVER + ray + self.libraries + coordinator
 
     def node(self, pack: int, worker: int) -> int:

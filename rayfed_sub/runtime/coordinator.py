@@ -39,7 +39,7 @@ from rayfed_sub.core.types import (
 )
 from rayfed_sub.data.dataset import Dataset
 from rayfed_sub.diagnostics import client_diagnostics
-from rayfed_sub.diagnostics.server_change import ServerChange, server_changes
+from rayfed_sub.diagnostics.server_change import ServerChange, server_changes, working
 from rayfed_sub.evaluation.named_metrics import MetricError, metrics_of
 from rayfed_sub.evaluation.scores import overall
 from rayfed_sub.methods import METHODS
@@ -71,7 +71,6 @@ from rayfed_sub.telemetry.process_memory import PeakMemory, Sample, give_back
 from rayfed_sub.training.client_errors import client_failed
 
 _CLAIM_SECONDS = 60.0
-_WORKING = 28  # bytes for each number of a weight whose change is looked at: three in float32, two in float64
 
 
 @dataclass(frozen=True)
@@ -488,7 +487,7 @@ class Coordinator:
             return self._pretrained(ModelShape((layers[name],)))[f"{name}/weight"]
 
         asked = {name: known[name] for name in layers}
-        each = max((_WORKING * layer.m * layer.n for layer in layers.values()), default=0)
+        each = working(layers.values())
         return server_changes(old, new, pretrained, asked, dense=evaluated, sums=sums, each=each)
 
     def _verify(self) -> None:

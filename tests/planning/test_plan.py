@@ -27,7 +27,7 @@ from rayfed_sub.planning.allocations import Allocations
 from rayfed_sub.planning.fit import check_fits
 from rayfed_sub.planning.job import Job, prepare
 from rayfed_sub.planning.machines import Machine, machine_named
-from rayfed_sub.planning.needs import need
+from rayfed_sub.planning.needs import HOLES, need
 from rayfed_sub.planning.plan import as_dict, here, job_parts, plan_of
 from rayfed_sub.planning.traffic import Parts, by_method, traffic
 from rayfed_sub.planning.worker_memory import backbone_bytes
@@ -280,6 +280,13 @@ def test_round_of_an_asynchronous_run_has_the_buffer_s_updates(
     # Two checkpoints' states, and three servers' with the results of the clients under way.
     assert needed.disk == 2 * counted * 2 * factors + 3 * (factors + 5 * 3 * factors)
     assert any(f"with {updates} update" in note for note in planned.notes)
+
+
+def test_coordinator_s_memory_has_the_layers_that_diagnostics_look_at() -> None:
+    """Both layers of 96 x 32 side by side: three copies in float32, two in float64."""
+    off, on = (need(job_parts(prepare(small(f"diagnostics.every={every}")))) for every in (0, 1))
+    assert (off.compared, on.compared) == (0, 2 * 96 * 32 * (3 * 4 + 2 * 8))
+    assert on.fixed(1, 1) - off.fixed(1, 1) == pytest.approx(HOLES * (on.compared + on.looked), abs=2)
 
 
 @pytest.mark.parametrize(("method", "grows"), [("fedftg", True), ("fedit", False)])
