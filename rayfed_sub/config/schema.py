@@ -76,7 +76,8 @@ class Model(Record):
         default=None,
         description="What training begins from besides the pretrained weights: an adapter of peft's (folder or hub "
         "id), or an earlier run (its folder, also in an object store; its final model). null: nothing. It is merged "
-        "into the weights; every client downloads it before its first round.",
+        "into the weights; every client downloads it before its first round. An adapter's classification head is read "
+        "in the order of its model's classes where it names model.path as its model, else in the task's order.",
     )
     random: dict[str, Any] = Field(
         default={},
