@@ -278,11 +278,11 @@ def print_table(
 def size(count: float) -> str:
     """Bytes as text.
 
-    >>> size(1536), size(48_660_480)
-    ('1.5 kB', '48.7 MB')
+    >>> size(1536), size(48_660_480), size(999_960)
+    ('1.5 kB', '48.7 MB', '1.0 MB')
     """
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if round(count, 1) < 1000:
             return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
         count /= 1000
     return f"{count:.1f} TB"

@@ -23,26 +23,35 @@ INHERITED = "inherited"
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and truths: 1e-3 is a number, and the key `on` is no `true`."""
+    """YAML 1.2's numbers, truths and texts: 1e-3 is a number, 010 is ten, the key `on` is no `true`, 2024-01-02 no
+    date."""
+
+    def integer(self, node: yaml.ScalarNode) -> int:
+        """The number, as `_WORDS` has it."""
+        text = str(self.construct_scalar(node)).lower()
+        return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes strings that the loader would not read as text."""
 
 
-_LETTERS = {"bool": "tTfF", "float": "-+.0123456789"}
+_LETTERS = {"bool": "tTfF", "float": "-+.0123456789", "int": "-+0123456789"}
 _WORDS = {
     "bool": r"true|True|TRUE|false|False|FALSE",
     "float": r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)",
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
 }
 _TAGS = {name: f"tag:yaml.org,2002:{name}" for name in _WORDS}
+_REPLACED = {*_TAGS.values(), "tag:yaml.org,2002:timestamp"}
 Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in found if tag not in _TAGS.values()]
+    letter: [(tag, pattern) for tag, pattern in found if tag not in _REPLACED]
     for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _name, _pattern in _WORDS.items():
     for _kind in (Loader, _Dumper):
         _kind.add_implicit_resolver(_TAGS[_name], re.compile(f"^(?:{_pattern})$"), list(_LETTERS[_name]))
+Loader.add_constructor(_TAGS["int"], Loader.integer)
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -210,7 +219,9 @@ def read_yaml(path: Path, named: str = "CONFIG") -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         tree = _parsed(path, text, named)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, OSError) as error:  # ValueError: bad UTF-8, and what a `!!tag` cannot hold
         cause = str(error).replace('"<unicode string>", ', "")
         raise UserError(named, str(path), "a readable file of valid YAML", cause) from None
     if not isinstance(tree, dict):
@@ -251,17 +262,19 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise UserError("override", override, "dotted.key=value", "e.g. method.rank=8")
     *parents, leaf = path.split(".")
     for depth, parent in enumerate(parents):
-        tree = tree.setdefault(parent, {})
+        if tree.get(parent) is None:  # also one that stands in the file with nothing below it
+            tree[parent] = {}
+        tree = tree[parent]
         if not isinstance(tree, dict):
             field = ".".join(parents[: depth + 1])
             raise UserError(field, tree, "a single value, without keys below it", f"remove {override}")
     try:
         tree[leaf] = yaml.load(text, Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(path, text, "a YAML value", "quote it") from None
     # Rounds or epochs, not both: one on the command line replaces the other in the file.
     other = {"federation.rounds": "epochs", "federation.epochs": "rounds"}.get(path)
-    if other:
+    if other and tree[leaf] is not None:
         tree.pop(other, None)
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Batching = Literal["shuffled", "bucketed"]
@@ -738,6 +738,12 @@ class Config(Record):
         "are set up by their own environment variables, such as WANDB_PROJECT and MLFLOW_TRACKING_URI. Trials of a "
         "sweep have sweep.loggers instead.",
     )
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _named(cls, method: Any) -> Any:
+        """FedFTG where fields of a method stand without a name."""
+        return {"name": "fedftg", **method} if isinstance(method, Mapping) and method else method
 
     @property
     def programs(self) -> dict[str, tuple[str, ...]]:

@@ -66,7 +66,7 @@ def roomy_packs(found: Iterable[Fit], resources: Resources) -> list[int]:
 
 def most_workers(needed: Need, pack: int, taken: int, most: int, memory: int) -> int:
     """The most workers, up to `most`, that fit with their two packs on the way; taken: bytes of one."""
-    fitting = (w for w in range(most, 0, -1) if needed.fixed(w, pack) + w * taken <= memory)
+    fitting = (w for w in range(most, 0, -1) if max(needed.loading, needed.fixed(w, pack) + w * taken) <= memory)
     return next(fitting, 0)
 
 
@@ -128,6 +128,8 @@ def _nearest(needed: Need, machine: Machine) -> _Advice:
         wanted = "" if workers == resources.trainers else f" resources.workers={workers}"
         return "resources.pack_size", resources.pack_size, f"set resources.pack_size={pack}{wanted}"
     model, path = "model.path", config.model.path
+    if needed.loading > machine.memory:
+        return model, path, "take a smaller model, or one that bitsandbytes has stored quantised"
     if needed.least(0, 0) > machine.memory and machine.gpu is None:
         return model, path, "take a smaller model, or a method whose server holds factors, e.g. method.name=fedit"
     if size := _batch_size(needed, machine):

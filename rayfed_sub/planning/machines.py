@@ -15,8 +15,12 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from rayfed_sub.core.errors import UserError
 
-_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
-_USED = ("memory.current", "memory/memory.usage_in_bytes")
+_CGROUPS = Path("/sys/fs/cgroup")
+_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (*(f"memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat")), "total_inactive_file"),
+)
+"""Of cgroups 2 and 1: the limit, what is used, and the figure of it that files were read into, which is given back."""
 
 GPUS = {
     "t4": 15 * 2**30,
@@ -34,10 +38,11 @@ GPUS = {
 def free_memory() -> int:
     """Bytes available to new processes: the machine's, or fewer under a container's limit."""
     free = psutil.virtual_memory().available
-    root = Path("/sys/fs/cgroup")
-    for limit, used in zip(_LIMITS, _USED, strict=True):
-        if (root / limit).exists() and (text := (root / limit).read_text().strip()).isdigit():
-            free = min(free, int(text) - int((root / used).read_text()))
+    for limit, used, stat, cached in _FILES:
+        if (_CGROUPS / limit).exists() and (text := (_CGROUPS / limit).read_text().strip()).isdigit():
+            figures = dict(line.split() for line in (_CGROUPS / stat).read_text().splitlines())
+            taken = int((_CGROUPS / used).read_text()) - int(figures.get(cached, 0))
+            free = min(free, max(0, int(text) - taken))
     return free
 
 

@@ -21,7 +21,7 @@ from rayfed_sub.planning.job import Job
 from rayfed_sub.planning.machines import Machine, free_memory, gpu_here, machine_named
 from rayfed_sub.planning.needs import Need, need
 from rayfed_sub.planning.over_gpus import over_gpus
-from rayfed_sub.planning.packs import most_clients
+from rayfed_sub.planning.packs import any_pack, most_clients
 from rayfed_sub.planning.sampling import cohort, draws, local_steps
 from rayfed_sub.planning.traffic import FEW, ClientTraffic, MethodBytes, Parts, Traffic, by_method, by_rank
 from rayfed_sub.planning.worker_memory import Lengths, Memory
@@ -157,10 +157,12 @@ def _notes(parts: Parts, found: Traffic) -> Iterable[str]:
         size = megabytes(start.wire_bytes)
         yield f"Training begins from {start.place}, {start.what}: {size} to every client before its first round."
     if config.resources.pack_size == "auto":
-        yield (
-            f"Memory is that of packs of {config.resources.first_pack}, with which the run begins; they grow where "
-            "that is quicker and memory is free."
-        )
+        first = config.resources.first_pack
+        if any_pack(config, parts.architecture):
+            grow = "with which the run begins; they grow where that is quicker and memory is free"
+        else:
+            grow = "which stay so, for here weights would have other bits with packs of another size"
+        yield f"Memory is that of packs of {first}, {grow}."
     if parts.stacked:
         yield "A download holds the changes of the whole cohort: it grows with the cohort's ranks, up to dense weights."
     if found.dense:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from rayfed_sub.config.checks import check
-from rayfed_sub.config.loading import load_config, read_yaml
+from rayfed_sub.config.loading import load_config, read_yaml, yaml_text
 from rayfed_sub.config.schema import Checkpoint, Config
 from rayfed_sub.core.errors import UserError
 from rayfed_sub.methods import build
@@ -71,6 +71,53 @@ def test_rounds_and_epochs_replace_each_other_on_the_command_line() -> None:
     assert (epochs.rounds, epochs.epochs) == (None, 1.5)
     rounds = load("federation.rounds=2", {"federation": {"epochs": 4}}).federation
     assert (rounds.rounds, rounds.epochs) == (2, None)
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "length"),
+    [
+        ({"rounds": 100}, "federation.epochs=null", (100, None)),
+        ({"epochs": 4}, "federation.rounds=null", (None, 4)),
+        ({}, "federation.rounds=50 federation.epochs=null", (50, None)),
+        ({"rounds": 100}, "federation.rounds=null", (3, None)),
+    ],
+)
+def test_null_takes_no_other_length_away(source: Any, overrides: str, length: Any) -> None:
+    found = load(overrides, {"federation": source}).federation
+    assert (found.rounds, found.epochs) == length
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("010", 10), ("0o17", 15), ("0x1F", 31), ("-5", -5), ("+5", 5), ("1e3", 1000.0)),
+        *(("1:30", "1:30"), ("1_0", "1_0"), ("2024-13-45", "2024-13-45"), ("2024-01-02", "2024-01-02")),
+    ],
+)
+def test_numbers_and_texts_are_those_of_yaml_1_2(text: str, value: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"a: {text}\n")
+    assert (read := read_yaml(file)) == {"a": value}
+    assert type(read["a"]) is type(value)
+    file.write_text(yaml_text({"a": text}))
+    assert read_yaml(file) == {"a": text}  # a text is written so that it stays one
+
+
+@pytest.mark.parametrize("text", ["!!timestamp 2024-13-45", "!!int two", "!!float x"])
+def test_value_that_its_tag_cannot_hold_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"seed: {text}\n")
+    assert fault(load_config, file).field == "CONFIG"
+    assert fault(load_config, TINY, [f"seed={text}"]).field == "seed"
+
+
+def test_key_with_nothing_below_it_can_be_filled_by_overrides() -> None:
+    assert load("resources.workers=1", {"resources": None}).resources.workers == 1
+
+
+def test_fields_of_a_method_without_a_name_are_fedftg_s() -> None:
+    assert load("method.rank=4", {}).method == {"name": "fedftg", "rank": 4}
+    assert load("method={}", {}).method == {}  # refused where it is built
 
 
 def test_rounds_and_epochs_together_in_one_file_are_refused() -> None:

@@ -74,7 +74,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "both.yaml": "federation: {rounds: 3, epochs: 1}\n",
         "pool.yaml": "federation:\n  partition: {kind: pool}\n",
         "numbers.yaml": "federation: {2: 3}\n",
-        "date.yaml": "name: 2024-01-01\n",
+        "number.yaml": "name: 20240101\n",
         "sweep.yaml": f"base: {TINY}\nsweep: {{space: {{seed: {{grid: [0, 1]}}}}}}\n",
         "study.yaml": f"claim: none\nbase: {TINY}\nvariants: {{a: []}}\nseeds: [0]\n",
     }.items():
@@ -527,7 +527,7 @@ COMMANDS = {
     "rounds and epochs": ("run both.yaml", "federation.rounds: got 3", "one of rounds and epochs, not both"),
     "pool with the default clients": ("run pool.yaml", "federation.clients: got 8", "1 with partition.kind=pool"),
     "number as a key": ("run numbers.yaml", "federation.2: got 2", "these keys here"),
-    "date as a name": ("run date.yaml", "name: got datetime.date(2024, 1, 1)", "put it in quotes"),
+    "number as a name": ("run number.yaml", "name: got 20240101", "put it in quotes"),
     "folder that holds a run": (f"run {TINY} --out a_run", "--out: got 'a_run'", "a folder without a run in it"),
     "folder that holds a sweep, which no run goes on with": (
         f"run {TINY} --out a_sweep --resume",

@@ -23,12 +23,13 @@ from rayfed_sub.core.types import Client, ClientState, Layer, ModelShape, wire_b
 from rayfed_sub.data.rows import Rows
 from rayfed_sub.methods import METHODS, build
 from rayfed_sub.models.weights import load_weights
+from rayfed_sub.planning import machines
 from rayfed_sub.planning.allocations import Allocations
 from rayfed_sub.planning.fit import check_fits
 from rayfed_sub.planning.job import Job, prepare
 from rayfed_sub.planning.machines import Machine, machine_named
-from rayfed_sub.planning.needs import HOLES, need
-from rayfed_sub.planning.plan import as_dict, here, job_parts, plan_of
+from rayfed_sub.planning.needs import HOLES, Need, need
+from rayfed_sub.planning.plan import as_dict, here, job_parts, plan, plan_of
 from rayfed_sub.planning.traffic import Parts, by_method, traffic
 from rayfed_sub.planning.worker_memory import backbone_bytes
 from rayfed_sub.runtime.probe import probe
@@ -280,6 +281,44 @@ def test_round_of_an_asynchronous_run_has_the_buffer_s_updates(
     # Two checkpoints' states, and three servers' with the results of the clients under way.
     assert needed.disk == 2 * counted * 2 * factors + 3 * (factors + 5 * 3 * factors)
     assert any(f"with {updates} update" in note for note in planned.notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "stat"),
+    [
+        (("memory.max", "memory.current", "memory.stat"), "anon 10\ninactive_file 300\n"),
+        (
+            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+            "inactive_file 7\ntotal_inactive_file 300\n",
+        ),
+    ],
+    ids=["cgroups 2", "cgroups 1"],
+)
+@pytest.mark.parametrize(("used", "free"), [(900, 400), (1400, 0)])
+def test_free_memory_of_a_container_has_what_files_were_read_into(
+    names: tuple[str, ...], stat: str, used: int, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in zip(names, ("1000\n", f"{used}\n", stat), strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machines, "_CGROUPS", tmp_path)
+    assert machines.free_memory() == free
+
+
+@pytest.mark.parametrize(("threads", "told"), [(1, "they grow where"), (2, "which stay so")])
+def test_plan_says_whether_packs_grow(threads: int, told: str) -> None:
+    notes = plan_of(prepare(small("resources.pack_size=auto", f"resources.cpus_per_worker={threads}"))).notes
+    assert any(told in note for note in notes)
+
+
+def test_no_worker_is_advised_where_the_model_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is quantised when it is loaded is dense at first."""
+    parts, machine = job_parts(prepare(small())), Machine("m", 10**11, 2.0, 10**12)
+    check_fits(parts, machine)
+    monkeypatch.setattr(Need, "loading", 10**12)
+    with pytest.raises(UserError, match=r"^model\.path: .*at least; take a smaller model, or one that bitsandbytes"):
+        check_fits(parts, machine)
+    assert {fit.workers for fit in plan(parts, machine).fits} == {0}
 
 
 def test_coordinator_s_memory_has_the_layers_that_diagnostics_look_at() -> None:
