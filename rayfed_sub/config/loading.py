@@ -26,6 +26,13 @@ class Loader(yaml.SafeLoader):
     """YAML 1.2's numbers, truths and texts: 1e-3 is a number, 010 is ten, the key `on` is no `true`, 2024-01-02 no
     date."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value.  Raises YAMLError also where a `!!tag` cannot hold the text."""
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+
     def integer(self, node: yaml.ScalarNode) -> int:
         """The number, as `_WORDS` has it."""
         text = str(self.construct_scalar(node)).lower()
@@ -219,9 +226,7 @@ def read_yaml(path: Path, named: str = "CONFIG") -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         tree = _parsed(path, text, named)
-    except UserError:
-        raise
-    except (yaml.YAMLError, ValueError, OSError) as error:  # ValueError: bad UTF-8, and what a `!!tag` cannot hold
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         cause = str(error).replace('"<unicode string>", ', "")
         raise UserError(named, str(path), "a readable file of valid YAML", cause) from None
     if not isinstance(tree, dict):
@@ -270,7 +275,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
             raise UserError(field, tree, "a single value, without keys below it", f"remove {override}")
     try:
         tree[leaf] = yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError):
+    except yaml.YAMLError:
         raise UserError(path, text, "a YAML value", "quote it") from None
     # Rounds or epochs, not both: one on the command line replaces the other in the file.
     other = {"federation.rounds": "epochs", "federation.epochs": "rounds"}.get(path)

@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def at_once(items: int, each: int = 0, processors: int = _MOST) -> int:
-    """How many of the items are worked on at a time: one for each processor, 8 at most, and as many of `each` bytes as
+    """Number of items that are worked on at a time: one for each processor, 8 at most, and as many of `each` bytes as
     fit into 1 GiB.
 
     >>> at_once(20), at_once(20, each=300 * 10**6), at_once(20, each=5 * 10**9)
